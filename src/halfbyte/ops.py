@@ -93,3 +93,8 @@ def _check_impl(impl: str) -> None:
         raise UnsupportedError(f"impl={impl!r} is not in this version; use impl='auto' or 'reference'")
     if impl not in IMPLEMENTATIONS:
         raise FormatError(f"impl={impl!r}: choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+
+
+def tensor_scales(amax: Tensor, fmt: NVFP4) -> tuple[Tensor, Tensor]:
+    """(S_enc, S_dec) that belong to a float32 amax, elementwise."""
+    return nvfp4.tensor_scales(amax, fmt)

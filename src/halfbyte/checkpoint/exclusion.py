@@ -1,0 +1,87 @@
+"""How engines decide that a layer is not quantized: three rules that differ, and names that mean the same in all.
+
+Engines ask with the name of *their* layer: the fused one (qkv_proj, gate_up_proj), or the module of all experts.
+Sources: vLLM `ModelOptQuantConfigBase.is_layer_excluded` and `is_layer_skipped`, SGLang
+`ModelOptFp4Config.is_layer_excluded`, compressed-tensors `match_name`, as of 2026.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from ..names import Name
+from .schema import Layout
+
+Rule = Callable[[str, tuple[str, ...], Sequence[str]], bool]
+
+
+def engine_layer(name: Name) -> tuple[str, tuple[str, ...]]:
+    """(layer as an engine names it, modules on disk that it is made of)."""
+    experts = name.experts_module
+    if experts is not None:
+        return experts, (name.module,)
+    if name.fused is not None:
+        return name.fused, tuple(f"{name.parent}.{leaf}" for leaf in name.partners)
+    return name.module, (name.module,)
+
+
+def excluded_by_vllm_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """Exact for all members, then raw substring, then glob."""
+    if all(member in patterns for member in members):
+        return True
+    return any(p in layer for p in patterns) or any(fnmatch.fnmatchcase(layer, p) for p in patterns)
+
+
+def excluded_by_sglang_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """A glob over the whole name where it has a `*`, else a dotted part of it; a fused layer by all its members."""
+
+    def one(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, p) if "*" in p else f".{p}." in f".{name}." for p in patterns)
+
+    return one(layer) or all(one(member) for member in members)
+
+
+def excluded_by_compressed_tensors(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """Exact, or `re:` with re.match; a fused layer by all its members."""
+
+    def one(name: str) -> bool:
+        return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
+
+    return one(layer) or all(one(member) for member in members)
+
+
+RULES: dict[Layout, dict[str, Rule]] = {
+    "modelopt": {"vLLM": excluded_by_vllm_modelopt, "SGLang": excluded_by_sglang_modelopt},
+    "compressed-tensors": {"compressed-tensors": excluded_by_compressed_tensors},
+}
+
+
+def exclusion_list(layout: Layout, excluded: Iterable[Name]) -> list[str]:
+    """Patterns for the config that exclude exactly these modules: whole names, and one entry for a layer's experts."""
+    patterns = ["lm_head"]
+    for name in excluded:
+        experts = name.experts_module
+        if experts is None:
+            patterns.append(name.module)
+        elif layout == "modelopt":
+            patterns.append(experts)
+        else:
+            patterns.append(f"re:{re.escape(experts)}\\..*")
+    return list(dict.fromkeys(patterns))
+
+
+def disagreements(
+    layout: Layout, patterns: Sequence[str], quantized: Iterable[Name], excluded: Iterable[Name]
+) -> list[str]:
+    """Where an engine's rule selects other modules than meant; one sentence each."""
+    found = []
+    for names, should in ((quantized, False), (excluded, True)):
+        for layer, members in dict.fromkeys(engine_layer(name) for name in names):
+            for engine, rule in RULES[layout].items():
+                if rule(layer, members, patterns) is not should:
+                    state = "is not quantized but" if should else "is quantized but"
+                    verb = "does not exclude" if should else "excludes"
+                    found.append(f"{layer} {state} {engine} {verb} it under the config's ignore list")
+    return found

@@ -1,0 +1,85 @@
+"""halfbyte.json: the numeric choices behind a checkpoint and a digest of every tensor, so that it can be proven."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, HalfbyteError
+from ..formats import CONTRACT_VERSION, MXFP8, NVFP4, Format
+from ..policy import Policy
+from .plan import Options
+from .shards import read_json, write_json
+
+FILE = "halfbyte.json"
+
+
+def format_to_json(fmt: Format) -> dict[str, Any]:
+    """A format as plain values."""
+    if isinstance(fmt, MXFP8):
+        return {"name": "mxfp8"}
+    return {"name": "nvfp4", **asdict(fmt), "block": list(fmt.block)}
+
+
+def format_from_json(data: Any) -> Format:
+    """The inverse of `format_to_json`."""
+    if not isinstance(data, dict):
+        raise CheckpointError(f"format must be an object; got {data!r}")
+    values = {key: value for key, value in data.items() if key != "name"}
+    try:
+        match data.get("name"):
+            case "mxfp8":
+                return MXFP8(**values)
+            case "nvfp4":
+                return NVFP4(**{**values, "block": tuple(values.get("block", (1, 16)))})
+    except TypeError as error:
+        raise CheckpointError(f"format {data!r}: {error}") from error
+    raise CheckpointError(f"format {data.get('name')!r}: known are 'nvfp4' and 'mxfp8'")
+
+
+def write_manifest(directory: Path, options: Options, digests: dict[str, str], version: str) -> None:
+    """Write halfbyte.json."""
+    data = {
+        "halfbyte_version": version,
+        "contract_version": CONTRACT_VERSION,
+        "format": format_to_json(options.format),
+        "layout": options.layout,
+        "kv_cache": options.kv_cache,
+        "activations": options.activations,
+        "policy": options.policy.to_json(),
+        "sha256": dict(sorted(digests.items())),
+    }
+    write_json(directory / FILE, data)
+
+
+def read_manifest(directory: Path) -> tuple[Options, dict[str, str]] | None:
+    """(options, digests) of halfbyte.json, or None where there is none.
+
+    Raises:
+        CheckpointError: the file is there but cannot be what halfbyte wrote.
+    """
+    path = directory / FILE
+    if not path.exists():
+        return None
+    data = read_json(path)
+    try:
+        if data.get("contract_version") != CONTRACT_VERSION:
+            raise CheckpointError(
+                f"contract version {data.get('contract_version')!r}; this halfbyte implements {CONTRACT_VERSION}"
+            )
+        if not isinstance(data.get("policy"), dict):
+            raise CheckpointError("policy is missing")
+        options = Options(
+            format=format_from_json(data.get("format")),
+            layout=data.get("layout"),  # type: ignore[arg-type]  # Options checks these three
+            policy=Policy.from_json(data["policy"]),
+            kv_cache=data.get("kv_cache"),  # type: ignore[arg-type]
+            activations=data.get("activations"),  # type: ignore[arg-type]
+        )
+    except HalfbyteError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    digests = data.get("sha256")
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise CheckpointError(f"{path}: sha256 must map tensors to digests")
+    return options, digests

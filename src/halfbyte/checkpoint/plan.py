@@ -1,0 +1,313 @@
+"""The plan of a conversion: every tensor of the output, where it comes from, what becomes of it and why.
+
+Made from names, shapes and the config alone; no weight is read. Whatever can be wrong with a request is found here,
+before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import names
+from ..errors import CheckpointError
+from ..formats import NVFP4, Format
+from ..names import Name
+from ..policy import Decision, Policy
+from .config import Activations, KVCache, is_quantized
+from .exclusion import disagreements, exclusion_list
+from .schema import FOREIGN_PARAMETERS, LAYOUTS, STACKED_EXPERTS, Layout
+from .shards import Checkpoint, TensorInfo
+
+QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
+
+_EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert to.
+
+    Attributes:
+        format: NVFP4 with tensor scaling, nearest rounding and no Hadamard transform (no engine undoes one), or MXFP8.
+        layout: whose tensor names and config: "modelopt" or "compressed-tensors".
+        policy: which weights.
+        kv_cache: "fp8" declares an FP8 KV cache with all scales 1.0.
+        activations: "none" for weights only (W4A16); "constant" for W4A4 with every input scale 1.0.
+    """
+
+    format: Format = field(default_factory=NVFP4)
+    layout: Layout = "modelopt"
+    policy: Policy = field(default_factory=Policy)
+    kv_cache: KVCache = "none"
+    activations: Activations = "none"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("layout", LAYOUTS),
+            ("kv_cache", ("none", "fp8")),
+            ("activations", ("none", "constant")),
+        ):
+            if getattr(self, name) not in choices:
+                raise CheckpointError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        fmt = self.format
+        if not isinstance(fmt, NVFP4):
+            if self.activations != "none":
+                raise CheckpointError("MXFP8 always scales activations per block as it goes: leave activations out")
+        elif fmt.scaling != "tensor" or fmt.hadamard or fmt.rounding != "nearest":
+            raise CheckpointError(
+                f"{fmt}: a checkpoint has one scale per tensor, nearest rounding and no Hadamard transform"
+            )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the source, or one part of a stacked one, under the name that it gets in the output.
+
+    Attributes:
+        source, index: the tensor that it is read from, and where in it (empty: all of it).
+        decision: whether it is quantized, and why (not).
+        linear: whether it is a Linear's weight, so that engines need to be told when it is not quantized.
+    """
+
+    name: Name
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    index: tuple[int | slice, ...]
+    decision: Decision
+    linear: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the source."""
+        return TensorInfo("", self.dtype, self.shape).nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors in natural order of their names; the members of a group share one tensor scale."""
+
+    groups: tuple[tuple[Planned, ...], ...]
+    ignore: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Planned]:
+        return (item for group in self.groups for item in group)
+
+    @property
+    def quantized(self) -> list[Planned]:
+        """What will be quantized."""
+        return [item for item in self if item.decision.quantize]
+
+
+def make_plan(source: Checkpoint, options: Options) -> Plan:
+    """Decide on every tensor of a source checkpoint.
+
+    Raises:
+        CheckpointError: the source is quantized already, or something in it is unknown, contradictory, or does not
+            fit the format; a pattern matches nothing; nothing would be quantized.
+    """
+    where = source.directory
+    if method := is_quantized(source.config):
+        raise CheckpointError(
+            f"{where}/config.json: the model is quantized already ({method}); convert the high-precision original, "
+            "or run `halfbyte dequantize` on it first"
+        )
+    layers = decoder_layers(source)
+    items = list(_items(source, options.policy, layers))
+    _check_names(items, source)
+    if unmatched := options.policy.unmatched(item.name for item in items):
+        raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; see `--dry-run` for their names")
+    if not any(item.decision.quantize for item in items):
+        raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
+    for item in items:
+        if item.decision.quantize:
+            _check_quantizable(item, options, source)
+    groups = _groups(items, where)
+    excluded = [item.name for item in items if item.linear and not item.decision.quantize]
+    quantized = [item.name for item in items if item.decision.quantize]
+    ignore = exclusion_list(options.layout, excluded)
+    if wrong := disagreements(options.layout, ignore, quantized, excluded):
+        raise CheckpointError(
+            f"{where}: engines would misread the result: {wrong[0]}; choose another --layout or policy"
+        )
+    return Plan(tuple(groups), tuple(ignore))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config, which multimodal models nest."""
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        if isinstance(config.get(key), dict):
+            return text_config(config[key])
+    return config
+
+
+def decoder_layers(source: Checkpoint) -> int:
+    """Number of decoder layers, by the config; multi-token-prediction layers do not count."""
+    config = text_config(source.config)
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(config.get(key), int) and not isinstance(config[key], bool):
+            return int(config[key])
+    raise CheckpointError(f"{source.directory}/config.json: num_hidden_layers is missing; add it")
+
+
+def _items(source: Checkpoint, policy: Policy, layers: int) -> Iterator[Planned]:
+    tied = bool(source.config.get("tie_word_embeddings", text_config(source.config).get("tie_word_embeddings")))
+    for tensor, info in sorted(source.tensors.items(), key=lambda item: names.natural_key(item[0])):
+        name = names.parse(tensor, layers)
+        where = f"{source.directory / info.file}: tensor {tensor}"
+        if name.parameter in FOREIGN_PARAMETERS:
+            raise CheckpointError(f"{where}: belongs to a quantized checkpoint; convert the high-precision original")
+        if name.tower != "other" and _is_stacked(name, info):
+            yield from _unstacked(source, name, info, policy, layers, where)
+            continue
+        linear = name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm")
+        if not linear:
+            yield Planned(name, info.dtype, info.shape, tensor, (), Decision(False, _not_linear(name, info)), False)
+            continue
+        decision = policy.decide(name, layers)
+        if decision.quantize and name.kind == "lm_head" and tied:
+            raise CheckpointError(
+                f"{where}: lm_head shares its weight with the embedding (tie_word_embeddings), which stays in high "
+                "precision; drop it from --include"
+            )
+        yield Planned(name, info.dtype, info.shape, tensor, (), decision, True)
+
+
+def _not_linear(name: Name, info: TensorInfo) -> str:
+    if name.kind in ("embedding", "norm"):
+        return name.kind
+    return name.parameter if name.parameter != "weight" else f"{len(info.shape)}-D weight"
+
+
+def _is_stacked(name: Name, info: TensorInfo) -> bool:
+    """Whether a decoder tensor holds several matrices, or something that belongs to such a stack."""
+    if name.kind == "conv":
+        return False
+    return len(info.shape) >= 3 or (name.leaf == "experts" and name.parameter not in ("weight", "bias"))
+
+
+def _unstacked(
+    source: Checkpoint, name: Name, info: TensorInfo, policy: Policy, layers: int, where: str
+) -> Iterator[Planned]:
+    """Experts [E, 2I, H] or [E, H, I] as per-expert gate, up and down; everything else is refused."""
+    path = name.module if name.parameter == "weight" else name.full
+    parent, _, leaf = path.rpartition(".")
+    if not parent.endswith("experts") or leaf not in ("gate_up_proj", "down_proj"):
+        raise CheckpointError(
+            f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D first"
+        )
+    config = text_config(source.config)
+    family = str(config.get("model_type"))
+    if family not in STACKED_EXPERTS:
+        raise CheckpointError(
+            f"{where}: how {family!r} stacks its experts is not known (transposed? interleaved?); "
+            "save the model with per-expert 2-D weights first"
+        )
+    hidden = config.get("hidden_size")
+    width = next((config[key] for key in _EXPERT_WIDTH if isinstance(config.get(key), int)), None)
+    if not isinstance(hidden, int) or width is None:
+        raise CheckpointError(f"{where}: config.json lacks hidden_size or moe_intermediate_size to check its shape by")
+    wanted = (2 * width, hidden) if leaf == "gate_up_proj" else (hidden, width)
+    if info.shape[1:] != wanted or len(info.shape) != 3:
+        raise CheckpointError(
+            f"{where}: shape {list(info.shape)}, but by config.json each expert's is {list(wanted)}; "
+            "save the model with per-expert 2-D weights first"
+        )
+    halves = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width)}
+    parts = halves if leaf == "gate_up_proj" else {"down_proj": slice(0, hidden)}
+    for expert in range(info.shape[0]):
+        for part, rows in parts.items():
+            unstacked = names.parse(f"{parent}.{expert}.{part}.weight", layers)
+            shape = (rows.stop - rows.start, wanted[1])
+            yield Planned(
+                unstacked, info.dtype, shape, name.full, (expert, rows), policy.decide(unstacked, layers), True
+            )
+
+
+def _check_names(items: list[Planned], source: Checkpoint) -> None:
+    counts = Counter(item.name.full for item in items)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        origins = sorted({item.source for item in items if item.name.full == twice[0]})
+        raise CheckpointError(
+            f"{source.directory}: {twice[0]} is there twice, from {' and '.join(origins)}; remove one"
+        )
+
+
+def _check_quantizable(item: Planned, options: Options, source: Checkpoint) -> None:
+    where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
+    if item.dtype not in QUANTIZABLE_DTYPES:
+        raise CheckpointError(
+            f"{where}: is {item.dtype}; halfbyte quantizes {', '.join(QUANTIZABLE_DTYPES)}. Exclude it with "
+            f"--ignore {item.name.module}, or convert the high-precision original"
+        )
+    block = options.format.block_columns
+    if item.shape[1] % block or 0 in item.shape:
+        raise CheckpointError(
+            f"{where}: shape {list(item.shape)}; the last dimension must be divisible by {block}. "
+            f"Exclude it with --ignore {item.name.module}"
+        )
+
+
+def _groups(items: list[Planned], where: object) -> list[tuple[Planned, ...]]:
+    """Items in order, members of one fused layer together at the place of the first."""
+    fused: defaultdict[str, list[Planned]] = defaultdict(list)
+    experts: defaultdict[str, set[bool]] = defaultdict(set)
+    for item in items:
+        if item.linear and item.name.fused is not None:
+            fused[item.name.fused].append(item)
+        if item.linear and item.name.experts_module is not None:
+            experts[item.name.experts_module].add(item.decision.quantize)
+    for module, states in experts.items():
+        if len(states) > 1:
+            raise CheckpointError(
+                f"{where}: some experts of {module} would be quantized and some not, which no engine can load; "
+                f"exclude all with --ignore {module}"
+            )
+    gated = {_template(layer) for layer, members in fused.items() if len(members) > 1}
+    groups: dict[str, tuple[Planned, ...]] = {}
+    for layer, members in fused.items():
+        _check_fused(layer, members, gated, where)
+        if all(item.decision.quantize for item in members):
+            groups |= dict.fromkeys((item.name.full for item in members), tuple(members))
+    everything = {item.name.full for item in items}
+    for layer in fused:
+        if f"{layer}.weight" in everything:
+            raise CheckpointError(f"{where}: {layer}.weight is there both fused and in parts; remove one")
+    return list(dict.fromkeys(groups.get(item.name.full, (item,)) for item in items))
+
+
+def _check_fused(layer: str, members: list[Planned], gated: set[str], where: object) -> None:
+    name = members[0].name
+    there = {item.name.leaf for item in members}
+    wanted = name.partners
+    is_pair = layer.rpartition(".")[2] in names.PAIRS
+    # A lone up_proj is a plain MLP, unless the same place of another layer has a gate.
+    lone_up = there == {wanted[-1]} and _template(layer) not in gated
+    if is_pair and len(there) < len(wanted) and not lone_up:
+        missing = next(leaf for leaf in wanted if leaf not in there)
+        raise CheckpointError(
+            f"{where}: {name.parent}.{missing}.weight is missing, the other half of {name.module}.weight"
+        )
+    if len({item.decision.quantize for item in members}) > 1:
+        kept = next(item for item in members if not item.decision.quantize)
+        raise CheckpointError(
+            f"{where}: {kept.name.module} would stay in high precision ({kept.decision.reason}) but the layers that "
+            f"engines fuse with it would not; select all of {', '.join(sorted(there))} or none"
+        )
+    if len({item.shape[1] for item in members}) > 1:
+        shapes = ", ".join(f"{item.name.leaf} {list(item.shape)}" for item in members)
+        raise CheckpointError(f"{where}: {layer}: its parts do not fit together: {shapes}")
+
+
+def _template(layer: str) -> str:
+    """A layer's path with every index blanked: the same place in all layers and experts."""
+    return ".".join("*" if part.isdigit() else part for part in layer.split("."))
+
+
+def kinds(items: Iterable[Planned]) -> dict[str, int]:
+    """How many items for each reason, for a summary."""
+    return dict(Counter(item.decision.reason for item in items))
