@@ -1,10 +1,18 @@
-"""halfbyte: one NVFP4 (and MXFP8) contract from training to serving."""
+"""halfbyte: one NVFP4 (and MXFP8) contract from training to serving.
+
+Importing it needs torch alone; what reads checkpoints or runs models is imported when first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, FormatError, HalfbyteError, ShapeError, UnsupportedError
 from .formats import MXFP8, NVFP4
+from .policy import Policy
 from .tensor import QuantizedTensor, quantize
+from .version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .runtime import load
 
 __all__ = [
     "MXFP8",
@@ -12,8 +20,19 @@ __all__ = [
     "CheckpointError",
     "FormatError",
     "HalfbyteError",
+    "Policy",
     "QuantizedTensor",
     "ShapeError",
     "UnsupportedError",
+    "__version__",
+    "load",
     "quantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from .runtime import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 from ..formats import MXFP8, NVFP4, Format
+from ..version import __version__
 from .schema import Layout
 
 KVCache = Literal["none", "fp8"]
@@ -45,17 +46,17 @@ def is_quantized(config: dict[str, Any]) -> str | None:
     return None
 
 
-def quantization_config(q: Quantization, version: str) -> dict[str, Any]:
+def quantization_config(q: Quantization) -> dict[str, Any]:
     """The value of config.json's "quantization_config"."""
-    return _modelopt(q, version) if q.layout == "modelopt" else _compressed_tensors(q)
+    return _modelopt(q) if q.layout == "modelopt" else _compressed_tensors(q)
 
 
-def hf_quant_config(q: Quantization, version: str) -> dict[str, Any] | None:
+def hf_quant_config(q: Quantization) -> dict[str, Any] | None:
     """The content of hf_quant_config.json, which TensorRT-LLM trusts; None for layouts without one."""
     if q.layout != "modelopt":
         return None
     return {
-        "producer": {"name": "halfbyte", "version": version},
+        "producer": {"name": "halfbyte", "version": __version__},
         "quantization": {
             "quant_algo": _algorithm(q),
             "kv_cache_quant_algo": "FP8" if q.kv_cache else None,
@@ -71,7 +72,7 @@ def _algorithm(q: Quantization) -> str:
     return "NVFP4" if q.activations else "W4A16_NVFP4"
 
 
-def _modelopt(q: Quantization, version: str) -> dict[str, Any]:
+def _modelopt(q: Quantization) -> dict[str, Any]:
     bits = 4 if isinstance(q.format, NVFP4) else 8
     args = {"num_bits": bits, "type": "float", "group_size": q.format.block_columns, "dynamic": False}
     inputs: dict[str, Any] | None = dict(args) if q.activations else None
@@ -83,7 +84,7 @@ def _modelopt(q: Quantization, version: str) -> dict[str, Any]:
         "group_size": q.format.block_columns,
         "ignore": list(q.ignore),
         "config_groups": {"group_0": {"weights": args, "input_activations": inputs, "targets": ["Linear"]}},
-        "producer": {"name": "halfbyte", "version": version},
+        "producer": {"name": "halfbyte", "version": __version__},
     }
     if q.kv_cache:
         config["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}

@@ -91,7 +91,6 @@ def convert(
     options: Options,
     *,
     device: torch.device | str = "cpu",
-    version: str,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda done: None,
 ) -> Report:
@@ -127,8 +126,8 @@ def convert(
             weight_map = {name: file for file, entries in shards.items() for name in entries}
             write_index(target, weight_map, sum(sizes.values()))
         copy_companions(source, target)
-        write_configs(target, checkpoint, plan, options, version)
-        write_manifest(target, options, digests, version)
+        write_configs(target, checkpoint, plan, options)
+        write_manifest(target, options, digests)
     return Report(
         output=output,
         options=options,
@@ -235,7 +234,7 @@ def write_index(target: Path, weight_map: Mapping[str, str], total_size: int) ->
     write_json(target / INDEX, index)
 
 
-def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Options, version: str) -> None:
+def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Options) -> None:
     """Write config.json with its quantization_config and, for the layout that has one, hf_quant_config.json."""
     quantization = Quantization(
         layout=options.layout,
@@ -244,9 +243,9 @@ def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Opt
         kv_cache=options.kv_cache != "none",
         ignore=plan.ignore,
     )
-    config = {**checkpoint.config, "quantization_config": quantization_config(quantization, version)}
+    config = {**checkpoint.config, "quantization_config": quantization_config(quantization)}
     write_json(target / "config.json", config)
-    beside = hf_quant_config(quantization, version)
+    beside = hf_quant_config(quantization)
     if beside is not None:
         write_json(target / "hf_quant_config.json", beside)
 

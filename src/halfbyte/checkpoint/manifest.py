@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, HalfbyteError
 from ..formats import CONTRACT_VERSION, MXFP8, NVFP4, Format
 from ..policy import Policy
+from ..version import __version__
 from .plan import Options
 from .shards import read_json, write_json
 
@@ -38,10 +39,10 @@ def format_from_json(data: Any) -> Format:
     raise CheckpointError(f"format {data.get('name')!r}: known are 'nvfp4' and 'mxfp8'")
 
 
-def write_manifest(directory: Path, options: Options, digests: dict[str, str], version: str) -> None:
+def write_manifest(directory: Path, options: Options, digests: dict[str, str]) -> None:
     """Write halfbyte.json."""
     data = {
-        "halfbyte_version": version,
+        "halfbyte_version": __version__,
         "contract_version": CONTRACT_VERSION,
         "format": format_to_json(options.format),
         "layout": options.layout,

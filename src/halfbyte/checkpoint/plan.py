@@ -7,7 +7,7 @@ before anything is written.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,8 +102,13 @@ class Plan:
         return [item for item in self if item.decision.quantize]
 
 
-def make_plan(source: Checkpoint, options: Options) -> Plan:
+Decide = Callable[[Name, int], Decision]
+
+
+def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None) -> Plan:
     """Decide on every tensor of a source checkpoint.
+
+    decide: asked instead of the options' policy.
 
     Raises:
         CheckpointError: the source is quantized already, or something in it is unknown, contradictory, or does not
@@ -116,9 +121,9 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             "or run `halfbyte dequantize` on it first"
         )
     layers = decoder_layers(source)
-    items = list(_items(source, options.policy, layers))
+    items = list(_items(source, decide or options.policy.decide, layers))
     _check_names(items, source)
-    if unmatched := options.policy.unmatched(item.name for item in items):
+    if decide is None and (unmatched := options.policy.unmatched(item.name for item in items)):
         raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; see `--dry-run` for their names")
     if not any(item.decision.quantize for item in items):
         raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
@@ -153,7 +158,7 @@ def decoder_layers(source: Checkpoint) -> int:
     raise CheckpointError(f"{source.directory}/config.json: num_hidden_layers is missing; add it")
 
 
-def _items(source: Checkpoint, policy: Policy, layers: int) -> Iterator[Planned]:
+def _items(source: Checkpoint, decide: Decide, layers: int) -> Iterator[Planned]:
     tied = bool(source.config.get("tie_word_embeddings", text_config(source.config).get("tie_word_embeddings")))
     for tensor, info in sorted(source.tensors.items(), key=lambda item: names.natural_key(item[0])):
         name = names.parse(tensor, layers)
@@ -161,13 +166,13 @@ def _items(source: Checkpoint, policy: Policy, layers: int) -> Iterator[Planned]
         if name.parameter in FOREIGN_PARAMETERS:
             raise CheckpointError(f"{where}: belongs to a quantized checkpoint; convert the high-precision original")
         if name.tower != "other" and _is_stacked(name, info):
-            yield from _unstacked(source, name, info, policy, layers, where)
+            yield from _unstacked(source, name, info, decide, layers, where)
             continue
         linear = name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm")
         if not linear:
             yield Planned(name, info.dtype, info.shape, tensor, (), Decision(False, _not_linear(name, info)), False)
             continue
-        decision = policy.decide(name, layers)
+        decision = decide(name, layers)
         if decision.quantize and name.kind == "lm_head" and tied:
             raise CheckpointError(
                 f"{where}: lm_head shares its weight with the embedding (tie_word_embeddings), which stays in high "
@@ -190,7 +195,7 @@ def _is_stacked(name: Name, info: TensorInfo) -> bool:
 
 
 def _unstacked(
-    source: Checkpoint, name: Name, info: TensorInfo, policy: Policy, layers: int, where: str
+    source: Checkpoint, name: Name, info: TensorInfo, decide: Decide, layers: int, where: str
 ) -> Iterator[Planned]:
     """Experts [E, 2I, H] or [E, H, I] as per-expert gate, up and down; everything else is refused."""
     path = name.module if name.parameter == "weight" else name.full
@@ -222,9 +227,7 @@ def _unstacked(
         for part, rows in parts.items():
             unstacked = names.parse(f"{parent}.{expert}.{part}.weight", layers)
             shape = (rows.stop - rows.start, wanted[1])
-            yield Planned(
-                unstacked, info.dtype, shape, name.full, (expert, rows), policy.decide(unstacked, layers), True
-            )
+            yield Planned(unstacked, info.dtype, shape, name.full, (expert, rows), decide(unstacked, layers), True)
 
 
 def _check_names(items: list[Planned], source: Checkpoint) -> None:
@@ -306,8 +309,3 @@ def _check_fused(layer: str, members: list[Planned], gated: set[str], where: obj
 def _template(layer: str) -> str:
     """A layer's path with every index blanked: the same place in all layers and experts."""
     return ".".join("*" if part.isdigit() else part for part in layer.split("."))
-
-
-def kinds(items: Iterable[Planned]) -> dict[str, int]:
-    """How many items for each reason, for a summary."""
-    return dict(Counter(item.decision.reason for item in items))

@@ -256,19 +256,24 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         raise
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the files beside the weights that engines read: tokenizer, generation config, chat template, code, …
+def companions(directory: Path) -> list[str]:
+    """Names of the files beside the weights that engines read: tokenizer, generation config, chat template, code, …
 
-    Weights in any form, indexes, config.json and quantization configs are left out. Returns the names copied.
+    Weights in any form, indexes, config.json and quantization configs are not among them.
     """
     left_out = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-    copied = []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if not path.is_file() or name.startswith(".") or name.endswith(left_out):
-            continue
-        if name in ("config.json", "hf_quant_config.json", "halfbyte.json"):
-            continue
-        shutil.copyfile(path, target / name)
-        copied.append(name)
-    return copied
+    rewritten = ("config.json", "hf_quant_config.json", "halfbyte.json")
+    return sorted(
+        path.name
+        for path in directory.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(left_out)
+        and path.name not in rewritten
+    )
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy them all."""
+    for name in companions(source):
+        shutil.copyfile(source / name, target / name)

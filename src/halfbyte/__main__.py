@@ -1,0 +1,5 @@
+"""`python -m halfbyte` is the `halfbyte` command."""
+
+from .cli import main
+
+main()

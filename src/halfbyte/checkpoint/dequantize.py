@@ -1,0 +1,91 @@
+"""Back to high precision: a plain checkpoint with the values that the quantized one decodes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .convert import DEFAULT_SHARD_BYTES, Progress, shard, write_index
+from .schema import SCALE_PARAMETERS, Entry, quantized_tensor, weight_names
+from .shards import DTYPES, ShardWriter, TensorInfo, copy_companions, whole_or_nothing, write_json
+from .verify import Contents, open_quantized
+
+OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def dequantize(
+    directory: Path,
+    output: Path,
+    *,
+    dtype: str = "bfloat16",
+    device: torch.device | str = "cpu",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = lambda done: None,
+) -> int:
+    """Write the decoded weights as an ordinary checkpoint; returns the bytes of its tensors.
+
+    Other tensors are copied, scales dropped; experts stay one by one. The output appears whole or not at all.
+
+    Raises:
+        CheckpointError: the source is not a quantized checkpoint that halfbyte reads, or the output exists.
+    """
+    if dtype not in OUTPUT_DTYPES:
+        raise CheckpointError(f"dtype={dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}")
+    contents = open_quantized(directory)
+    entries = output_entries(contents, OUTPUT_DTYPES[dtype])
+    modules = {name.full: name.module for name in contents.quantized}
+    with whole_or_nothing(output) as target:
+        shards = shard(({name: entry} for name, entry in entries.items()), max_shard_bytes)
+        for file, part in shards.items():
+            with ShardWriter(target / file, part) as writer:
+                for name, (dtype_name, _) in part.items():
+                    if name in modules:
+                        data = decode(contents, modules[name], DTYPES[dtype_name], device)
+                    else:
+                        data = contents.checkpoint.read(name)
+                    writer.write(name, data)
+                    progress(data.nbytes)
+        total = sum(TensorInfo("", *entry).nbytes for entry in entries.values())
+        if len(shards) > 1:
+            write_index(target, {name: file for file, part in shards.items() for name in part}, total)
+        copy_companions(directory, target)
+        config = {k: v for k, v in contents.checkpoint.config.items() if k != "quantization_config"}
+        write_json(target / "config.json", config)
+    return total
+
+
+def output_entries(contents: Contents, dtype: str) -> dict[str, Entry]:
+    """Name → (dtype, shape) of the decoded checkpoint, in natural order."""
+    parameters = weight_names(contents.quantization.layout, contents.quantization.format)
+    modules = {name.module for name in contents.quantized}
+    entries: dict[str, Entry] = {}
+    for tensor, info in contents.checkpoint.tensors.items():
+        module, _, parameter = tensor.rpartition(".")
+        if module in modules and parameter == parameters.elements:
+            rows, columns = info.shape
+            entries[f"{module}.weight"] = (dtype, (rows, columns * 2 if info.dtype == "U8" else columns))
+        elif parameter not in SCALE_PARAMETERS:
+            entries[tensor] = (info.dtype, info.shape)
+    return entries
+
+
+def decode(contents: Contents, module: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """One weight's decoded values."""
+    tensors = {
+        name: contents.checkpoint.read(name).to(device)
+        for name in _parts(contents, module)
+        if name in contents.checkpoint.tensors
+    }
+    q = quantized_tensor(contents.quantization.layout, contents.quantization.format, module, tensors)
+    return q.dequantize(dtype)
+
+
+def _parts(contents: Contents, module: str) -> Iterator[str]:
+    names = weight_names(contents.quantization.layout, contents.quantization.format)
+    for part in (names.elements, names.block_scale, names.tensor_scale):
+        if part is not None:
+            yield f"{module}.{part}"

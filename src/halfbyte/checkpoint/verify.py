@@ -1,0 +1,229 @@
+"""Prove a quantized checkpoint: its structure by itself, and every byte against its source.
+
+Nothing is believed because halfbyte.json says so: what can be recomputed is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import names
+from ..errors import HalfbyteError
+from ..formats import MXFP8, NVFP4
+from ..names import Name
+from .config import Quantization, hf_quant_config, read_quantization
+from .exclusion import disagreements
+from .manifest import FILE as MANIFEST
+from .manifest import read_manifest
+from .plan import decoder_layers
+from .schema import SCALE_PARAMETERS, Entry, kv_scale_entries, weight_entries, weight_names
+from .shards import INDEX, Checkpoint, read_json, tensor_digest
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong: where (a tensor, module or file) and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A quantized checkpoint sorted by what its tensors are."""
+
+    checkpoint: Checkpoint
+    quantization: Quantization
+    quantized: tuple[Name, ...]  # by the name "….weight"
+    excluded: tuple[Name, ...]  # Linear weights in high precision, likewise
+
+
+def open_quantized(directory: Path) -> Contents:
+    """Read config and headers of a quantized checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not one of the formats and layouts that halfbyte knows.
+    """
+    checkpoint = Checkpoint(directory)
+    quantization = read_quantization(checkpoint.config, str(directory / "config.json"))
+    parameters = weight_names(quantization.layout, quantization.format)
+    layers = decoder_layers(checkpoint)
+    quantized, excluded = [], []
+    for tensor, info in checkpoint.tensors.items():
+        name = names.parse(tensor, layers)
+        if name.parameter == parameters.elements and info.dtype in ("U8", "F8_E4M3"):
+            quantized.append(names.parse(f"{name.module}.weight", layers))
+        elif name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm"):
+            excluded.append(name)
+    order = lambda name: names.natural_key(name.full)  # noqa: E731
+    return Contents(checkpoint, quantization, tuple(sorted(quantized, key=order)), tuple(sorted(excluded, key=order)))
+
+
+def verify_structure(directory: Path, progress: Progress = lambda done: None) -> Iterator[Finding]:
+    """Everything that can be wrong without knowing the source; reads every tensor once."""
+    try:
+        contents = open_quantized(directory)
+    except HalfbyteError as error:
+        yield Finding(str(directory), str(error))
+        return
+    if not contents.quantized:
+        yield Finding(str(directory), "the config declares a quantization, but no weight is quantized")
+    yield from _configs(contents)
+    yield from _tensors_present(contents)
+    yield from _exclusions(contents)
+    yield from _values(contents, progress)
+    yield from _fused(contents)
+
+
+def _configs(contents: Contents) -> Iterator[Finding]:
+    directory = contents.checkpoint.directory
+    expected = hf_quant_config(contents.quantization)
+    if expected is not None:
+        try:
+            found = read_json(directory / "hf_quant_config.json").get("quantization")
+        except HalfbyteError as error:
+            yield Finding("hf_quant_config.json", str(error))
+        else:
+            if found != expected["quantization"]:
+                values = found if isinstance(found, dict) else {}
+                keys = [key for key, value in expected["quantization"].items() if values.get(key) != value]
+                yield Finding(
+                    "hf_quant_config.json", f"disagrees with config.json about {', '.join(keys) or 'its keys'}"
+                )
+    if (directory / INDEX).exists():
+        total = (read_json(directory / INDEX).get("metadata") or {}).get("total_size")
+        if total != contents.checkpoint.nbytes:
+            yield Finding(INDEX, f"total_size is {total}, the tensors have {contents.checkpoint.nbytes} bytes")
+
+
+def _tensors_present(contents: Contents) -> Iterator[Finding]:
+    """Each quantized weight has all its tensors, with the right dtypes and shapes, and there are no others."""
+    quantization, tensors = contents.quantization, contents.checkpoint.tensors
+    layout, fmt = quantization.layout, quantization.format
+    elements = weight_names(layout, fmt).elements
+    expected: dict[str, Entry] = {}
+    for name in contents.quantized:
+        shape = tensors[f"{name.module}.{elements}"].shape
+        if len(shape) != 2:
+            yield Finding(f"{name.module}.{elements}", f"has shape {list(shape)}; a quantized weight is 2-D")
+            continue
+        columns = shape[1] * (2 if isinstance(fmt, NVFP4) else 1)
+        if columns % fmt.block_columns:
+            yield Finding(f"{name.module}.{elements}", f"{columns} columns are not divisible by {fmt.block_columns}")
+        expected |= weight_entries(layout, fmt, name.module, (shape[0], columns), quantization.activations)
+    if quantization.kv_cache:
+        leaves = defaultdict(set)
+        for name in (*contents.quantized, *contents.excluded):
+            if name.kind == "attention" and name.tower != "other":
+                leaves[name.parent].add(name.leaf)
+        for attention, found in leaves.items():
+            for tensor, entry in kv_scale_entries(layout, attention, frozenset(found)).items():
+                if tensor in tensors or (layout == "compressed-tensors" and {"k_proj", "kv_b_proj"} & found):
+                    expected[tensor] = entry
+    for tensor, (dtype, shape) in expected.items():
+        info = tensors.get(tensor)
+        if info is None:
+            yield Finding(tensor, "is missing")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            yield Finding(tensor, f"is {info.dtype} {list(info.shape)}; should be {dtype} {list(shape)}")
+    for tensor in tensors:
+        if tensor.rpartition(".")[2] in SCALE_PARAMETERS and tensor not in expected:
+            yield Finding(tensor, "is a scale that belongs to no quantized weight")
+
+
+def _exclusions(contents: Contents) -> Iterator[Finding]:
+    ignore = contents.quantization.ignore
+    if "lm_head" not in {name.leaf for name in contents.quantized} and not any("lm_head" in p for p in ignore):
+        yield Finding("config.json", "lm_head is not quantized but missing from the ignore list")
+    for sentence in disagreements(contents.quantization.layout, ignore, contents.quantized, contents.excluded):
+        yield Finding("config.json", sentence)
+
+
+def _values(contents: Contents, progress: Progress) -> Iterator[Finding]:
+    """Scale bytes and scalars that no quantizer may write, and digests."""
+    checkpoint = contents.checkpoint
+    try:
+        manifest = read_manifest(checkpoint.directory)
+    except HalfbyteError as error:
+        yield Finding(MANIFEST, str(error))
+        manifest = None
+    digests = manifest[1] if manifest else None
+    if manifest:
+        yield from _manifest_agrees(contents, manifest[0].layout, manifest[0].format)
+    scales = {f"{name.module}.weight_scale" for name in contents.quantized}
+    for tensor, info in checkpoint.tensors.items():
+        data = checkpoint.read(tensor)
+        if tensor in scales:
+            yield from _scale_bytes(tensor, data, contents.quantization)
+        elif tensor.rpartition(".")[2] in SCALE_PARAMETERS and not bool(((data > 0) & (data < torch.inf)).all()):
+            yield Finding(tensor, f"is {data.flatten().tolist()}; a scale is positive and finite")
+        if digests is not None and digests.get(tensor) != tensor_digest(data):
+            known = "its bytes are not those that were written" if tensor in digests else "was not written by halfbyte"
+            yield Finding(tensor, f"{known} (SHA-256 in {MANIFEST})")
+        progress(info.nbytes)
+    for tensor in sorted(set(digests or ()) - set(checkpoint.tensors)):
+        yield Finding(tensor, f"is missing, but {MANIFEST} lists it")
+
+
+def _manifest_agrees(contents: Contents, layout: str, fmt: object) -> Iterator[Finding]:
+    quantization = contents.quantization
+    if layout != quantization.layout:
+        yield Finding(MANIFEST, f"says layout {layout}, config.json says {quantization.layout}")
+    if type(fmt) is not type(quantization.format):
+        declared = type(quantization.format).__name__
+        yield Finding(MANIFEST, f"says {type(fmt).__name__}, config.json says {declared}")
+
+
+def _scale_bytes(tensor: str, data: Tensor, quantization: Quantization) -> Iterator[Finding]:
+    scale = data.view(torch.uint8)
+    if isinstance(quantization.format, MXFP8):
+        if count := int((scale == 255).sum()):
+            yield Finding(tensor, f"{count} block scales are NaN (0xFF)")
+        return
+    if count := int(((scale & 0x7F) == 0x7F).sum()):
+        yield Finding(tensor, f"{count} block scales are NaN (0x7F)")
+    if count := int(((scale & 0x80) != 0).sum()):
+        yield Finding(tensor, f"{count} block scales are negative")
+
+
+def _fused(contents: Contents) -> Iterator[Finding]:
+    """Layers that engines fuse have all their parts, all quantized or none, under one tensor scale."""
+    parameters = weight_names(contents.quantization.layout, contents.quantization.format)
+    groups: defaultdict[str, list[Name]] = defaultdict(list)
+    for name in contents.quantized:
+        if name.fused is not None:
+            groups[name.fused].append(name)
+    excluded = {name.module for name in contents.excluded}
+    for layer, members in groups.items():
+        there = {name.leaf for name in members}
+        for leaf in members[0].partners:
+            module = f"{members[0].parent}.{leaf}"
+            if module in excluded:
+                yield Finding(module, f"is in high precision, but engines fuse it with {', '.join(sorted(there))}")
+        if layer.rpartition(".")[2] in names.PAIRS and len(there | _leaves(excluded, members[0])) < 2:
+            lone = members[0]
+            if lone.leaf != lone.partners[-1]:
+                yield Finding(layer, f"has {lone.leaf} but not its other half")
+        for parameter in (parameters.tensor_scale, parameters.input_scale):
+            tensors = [f"{name.module}.{parameter}" for name in members]
+            values = {
+                t: contents.checkpoint.read(t).flatten().tolist() for t in tensors if t in contents.checkpoint.tensors
+            }
+            if len({str(value) for value in values.values()}) > 1:
+                listed = ", ".join(f"{tensor.split('.')[-2]} {value}" for tensor, value in values.items())
+                yield Finding(f"{layer} {parameter}", f"engines keep one scale for the fused layer; here: {listed}")
+
+
+def _leaves(modules: set[str], name: Name) -> set[str]:
+    return {leaf for leaf in name.partners if f"{name.parent}.{leaf}" in modules}

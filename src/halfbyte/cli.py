@@ -1,0 +1,303 @@
+"""The command line: parse → call → exit code (0 fine, 1 verify found something, 2 bad input)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .checkpoint.config import Activations, KVCache
+from .checkpoint.plan import Options
+from .checkpoint.schema import Layout
+from .errors import FormatError, HalfbyteError
+from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
+from .policy import Only, Policy
+from .version import __version__
+
+app = typer.Typer(
+    name="halfbyte",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="NVFP4 and MXFP8 checkpoints: convert, verify, dequantize. The same bytes on every machine.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …")]
+
+
+@app.command(
+    epilog="Examples: `halfbyte convert Qwen/Qwen3-0.6B out` · "
+    "`halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors` · "
+    "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run`"
+)
+def convert(
+    model: Annotated[str, typer.Argument(help="Model directory, or hub id such as Qwen/Qwen3-0.6B.")],
+    out_dir: Annotated[Path, typer.Argument(help="New directory for the result; must not exist.")],
+    format: Annotated[str, typer.Option(help="nvfp4 or mxfp8.")] = "nvfp4",
+    layout: Annotated[str, typer.Option(help="modelopt or compressed-tensors: whose tensor names.")] = "modelopt",
+    scale_rule: Annotated[str | None, typer.Option(help="amax (default) or four_over_six.")] = None,
+    error: Annotated[str | None, typer.Option(help="mae (default) or mse, for four_over_six.")] = None,
+    e4m3_max: Annotated[
+        int | None, typer.Option(help="E: 256, 288, 320 or 448. Default: 448; four_over_six: 256.")
+    ] = None,
+    error_arithmetic: Annotated[str | None, typer.Option(help="exact (default) or fp16, for four_over_six.")] = None,
+    only: Annotated[str, typer.Option(help="all, experts or mlp: which Linear weights.")] = "all",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave alone: a glob over the tensor's name, or a dotted part of it. Repeatable."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize although not in the default (lm_head, vision tower). Repeatable."),
+    ] = None,
+    num_layers_at_start_in_bf16: Annotated[int, typer.Option(metavar="N", help="First N decoder layers stay.")] = 0,
+    num_layers_at_end_in_bf16: Annotated[int, typer.Option(metavar="N", help="Last N decoder layers stay.")] = 0,
+    extra_high_precision_layers_hf: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Substring of Hugging Face names that stay. Repeatable.")
+    ] = None,
+    extra_high_precision_layers_megatron: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Substring of Megatron names that stay. Repeatable.")
+    ] = None,
+    include_mtp: Annotated[bool, typer.Option("--include-mtp", help="Quantize multi-token-prediction layers.")] = False,
+    kv_cache: Annotated[str, typer.Option(help="fp8 or none: declare an FP8 KV cache with unit scales.")] = "none",
+    activations: Annotated[
+        str, typer.Option(help="none: W4A16. constant: W4A4 with every input scale 1.0 (amax 2688).")
+    ] = "none",
+    device: Device = "auto",
+    max_shard_gb: Annotated[float, typer.Option(help="Size of an output file, in GB.")] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would become of every tensor, and why.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a Hugging Face checkpoint to NVFP4 or MXFP8."""
+    from .checkpoint.convert import convert as run
+    from .checkpoint.hub import resolve
+    from .checkpoint.plan import make_plan
+    from .checkpoint.shards import Checkpoint
+    from .report.console import plan_json, print_plan, print_report, report_json
+
+    with _errors(as_json):
+        options = Options(
+            format=_format(format, scale_rule, error, e4m3_max, error_arithmetic),
+            layout=cast(Layout, layout),
+            policy=Policy(
+                only=cast(Only, only),
+                ignore=tuple(ignore or ()),
+                include=tuple(include or ()),
+                num_layers_at_start_in_bf16=num_layers_at_start_in_bf16,
+                num_layers_at_end_in_bf16=num_layers_at_end_in_bf16,
+                extra_high_precision_layers_hf=tuple(extra_high_precision_layers_hf or ()),
+                extra_high_precision_layers_megatron=tuple(extra_high_precision_layers_megatron or ()),
+                include_mtp=include_mtp,
+            ),
+            kv_cache=cast(KVCache, kv_cache),
+            activations=cast(Activations, activations),
+        )
+        if max_shard_gb <= 0:
+            raise FormatError(f"--max-shard-gb {max_shard_gb}: must be positive")
+        source = resolve(model)
+        checkpoint = Checkpoint(source)
+        if dry_run:
+            plan = make_plan(checkpoint, options)
+            _emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
+            return
+        if activations == "constant":
+            _warn(
+                "input scale 1.0 everywhere: right for engines that scale activations per token; those with a static "
+                "scale clip activations beyond 2688 and flush small ones"
+            )
+        with _progress(f"convert to {format}", checkpoint.nbytes) as advance:
+            report = run(
+                source,
+                out_dir,
+                options,
+                device=_device(device),
+                max_shard_bytes=int(max_shard_gb * 1e9),
+                progress=advance,
+            )
+        _emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
+
+
+@app.command(epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json`")
+def verify(
+    out_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    source: Annotated[
+        str | None, typer.Option(help="The model it was made from: recompute it and compare every byte.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Prove a quantized checkpoint: exit code 0 if nothing is wrong with it, 1 if something is."""
+    from .checkpoint.hub import resolve
+    from .checkpoint.recompute import verify_source
+    from .checkpoint.shards import Checkpoint
+    from .checkpoint.verify import Finding, verify_structure
+
+    with _errors(as_json):
+        if not out_dir.is_dir():
+            raise FormatError(f"{out_dir}: no such directory")
+        total = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
+        with _progress("structure", total) as advance:
+            findings: list[Finding] = list(verify_structure(out_dir, advance))
+        if source is not None:
+            source_path = resolve(source)
+            with _progress("against source", Checkpoint(source_path).nbytes) as advance:
+                findings += verify_source(out_dir, source_path, _device(device), advance)
+    unique = list(dict.fromkeys(findings))
+    data = {"ok": not unique, "findings": [{"where": f.where, "what": f.what} for f in unique]}
+
+    def show(console: Console) -> None:
+        for finding in unique:
+            console.print(f"[red]✗[/] {finding}", highlight=False)
+        scope = "every byte is what its source gives" if source else "structure and digests (add --source to recompute)"
+        console.print(f"{out_dir}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {out_dir}: {scope}")
+
+    _emit(as_json, lambda: data, show)
+    raise typer.Exit(1 if unique else 0)
+
+
+@app.command(epilog="Example: `halfbyte dequantize out decoded`")
+def dequantize(
+    quantized_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    out_dir: Annotated[Path, typer.Argument(help="New directory for the decoded model; must not exist.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the values that a quantized checkpoint decodes to as an ordinary model."""
+    from .checkpoint.dequantize import dequantize as run
+    from .report.console import size
+
+    with _errors(as_json):
+        with _progress("dequantize", None) as advance:
+            written = run(quantized_dir, out_dir, dtype=dtype, device=_device(device), progress=advance)
+        data = {"output": str(out_dir), "bytes": written, "dtype": dtype}
+        _emit(as_json, lambda: data, lambda console: console.print(f"[bold]{out_dir}[/]: {size(written)} in {dtype}"))
+
+
+@app.command(epilog="Example: `halfbyte demo`")
+def demo(
+    out_dir: Annotated[
+        Path | None, typer.Argument(help="Keep the converted checkpoints here; by default they are removed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert the tiny model that ships with halfbyte in several ways, load each result, and compare."""
+    from .demo import print_demo, run_demo
+
+    with _errors(as_json), _status("loading the shipped model") as update:
+        rows = run_demo(out_dir, update)
+    _emit(as_json, lambda: {"rows": [row.to_json() for row in rows]}, lambda console: print_demo(console, rows))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"halfbyte {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `halfbyte` command."""
+    app()
+
+
+def _format(
+    name: str, scale_rule: str | None, error: str | None, e4m3_max: int | None, error_arithmetic: str | None
+) -> Format:
+    if name == "mxfp8":
+        given = {"--scale-rule": scale_rule, "--error": error, "--e4m3-max": e4m3_max}
+        given["--error-arithmetic"] = error_arithmetic
+        if used := [option for option, value in given.items() if value is not None]:
+            raise FormatError(f"{', '.join(used)}: MXFP8 has one rule and nothing to choose; leave it out")
+        return MXFP8()
+    if name != "nvfp4":
+        raise FormatError(f"--format {name}: choose nvfp4 or mxfp8")
+    if e4m3_max is not None and e4m3_max not in E4M3_MAX_CHOICES:
+        raise FormatError(f"--e4m3-max {e4m3_max}: choose one of {', '.join(map(str, E4M3_MAX_CHOICES))}")
+    values: dict[str, Any] = {"scale_rule": scale_rule, "error": error, "e4m3_max": e4m3_max}
+    values["error_arithmetic"] = error_arithmetic
+    return NVFP4(**{key: value for key, value in values.items() if value is not None})
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FormatError(f"--device {name}: not a device ({str(error).splitlines()[0]})") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FormatError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
+    return name
+
+
+def _emit(as_json: bool, data: Callable[[], dict[str, Any]], show: Callable[[Console], None]) -> None:
+    if as_json:
+        print(json.dumps(data(), indent=2, ensure_ascii=False))
+    else:
+        show(Console())
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True).print(f"[yellow]warning:[/] {message}", highlight=False)
+
+
+def _fail(message: str, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": message}, ensure_ascii=False))
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _escape(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+@contextlib.contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except HalfbyteError as error:
+        _fail(str(error), as_json)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), as_json)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    with Console(stderr=True).status(text) as status:
+        yield status.update
+
+
+if __name__ == "__main__":
+    main()

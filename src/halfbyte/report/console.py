@@ -1,0 +1,126 @@
+"""Tables and sentences for a terminal, and the same facts as plain values for --json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoint.convert import Report
+from ..checkpoint.engines import serve_commands
+from ..checkpoint.manifest import format_to_json
+from ..checkpoint.plan import Options, Plan
+from ..formats import Format
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def format_name(fmt: Format) -> str:
+    """A format in a few words."""
+    data = format_to_json(fmt)
+    if data["name"] == "mxfp8":
+        return "MXFP8"
+    rule = data["scale_rule"] + (f" ({data['error']})" if data["error"] else "")
+    return f"NVFP4 {data['block'][0]}×{data['block'][1]}, {rule}, E = {data['e4m3_max']}"
+
+
+def _worst(report: Report, count: int = 5) -> list[Any]:
+    return sorted(report.weights, key=lambda weight: -weight.relative_error)[:count]
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """A conversion's summary as plain values."""
+    kinds = {kind: report.relative_error(weights) for kind, weights in report.by_kind().items()}
+    return {
+        "output": str(report.output),
+        "format": format_to_json(report.options.format),
+        "layout": report.options.layout,
+        "source_bytes": report.source_bytes,
+        "output_bytes": report.output_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "weights_quantized": len(report.weights),
+        "tensors_kept": report.kept,
+        "fused_groups": report.fused_groups,
+        "shards": report.shards,
+        "relative_error": report.relative_error(),
+        "relative_error_by_kind": kinds,
+        "worst": [{"tensor": w.name, "relative_error": w.relative_error} for w in _worst(report)],
+        "seconds": report.seconds,
+        "serve": serve_commands(report.output, report.options, _has_experts(report)),
+    }
+
+
+def print_report(console: Console, report: Report) -> None:
+    """A conversion's summary."""
+    shrink = report.source_bytes / report.output_bytes
+    console.print(
+        f"[bold]{report.output}[/]  {format_name(report.options.format)}, {report.options.layout} layout: "
+        f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s"
+    )
+    console.print(
+        f"{len(report.weights)} weights at {report.bits_per_weight:.3f} bits each, {report.kept} tensors kept, "
+        f"{report.fused_groups} fused groups under one tensor scale, {report.shards} shard(s)"
+    )
+    kinds = Table("kind", "weights", "elements", "relative error", title="Error by kind", title_justify="left")
+    for kind, weights in sorted(report.by_kind().items()):
+        elements = sum(weight.elements for weight in weights)
+        kinds.add_row(kind, str(len(weights)), f"{elements:,}", f"{report.relative_error(weights):.4%}")
+    kinds.add_row("all", str(len(report.weights)), "", f"{report.relative_error():.4%}", style="bold")
+    worst = Table("worst five tensors", "relative error")
+    for weight in _worst(report):
+        worst.add_row(weight.name, f"{weight.relative_error:.4%}")
+    console.print(kinds, worst)
+    serve = Table("engine", "command", title="Load it with", title_justify="left")
+    for engine, command in serve_commands(report.output, report.options, _has_experts(report)).items():
+        serve.add_row(engine, Text(command, overflow="fold"))
+    console.print(serve)
+
+
+def _has_experts(report: Report) -> bool:
+    return any(".experts." in weight.name for weight in report.weights)
+
+
+def plan_json(plan: Plan, options: Options) -> dict[str, Any]:
+    """A plan as plain values."""
+    name = format_to_json(options.format)["name"]
+    tensors = [
+        {
+            "tensor": item.name.full,
+            "shape": list(item.shape),
+            "dtype": item.dtype,
+            "becomes": name if item.decision.quantize else item.dtype.lower(),
+            "reason": item.decision.reason,
+            "source": item.source,
+        }
+        for item in plan
+    ]
+    return {"format": format_to_json(options.format), "layout": options.layout, "tensors": tensors}
+
+
+def print_plan(console: Console, plan: Plan, options: Options) -> None:
+    """Every tensor, what becomes of it, and why."""
+    name = format_to_json(options.format)["name"]
+    table = Table("tensor", "shape", "becomes", "why", title=f"Plan: {format_name(options.format)}, {options.layout}")
+    for item in plan:
+        becomes = Text(name, style="green") if item.decision.quantize else Text(item.dtype.lower(), style="dim")
+        shape = "×".join(map(str, item.shape))
+        table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, item.decision.reason)
+    totals = Counter((name if item.decision.quantize else "kept", item.decision.reason) for item in plan)
+    lines = [Text(f"{count:6}  {state}: {reason}") for (state, reason), count in totals.items()]
+    console.print(Group(table, *lines, Text("Nothing was written.")))
+
+
+def print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
+    """One after the other."""
+    console.print(Group(*lines))

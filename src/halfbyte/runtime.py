@@ -1,0 +1,154 @@
+"""load(): a runnable transformers model from a quantized checkpoint, on any machine."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.dequantize import decode
+from .checkpoint.schema import SCALE_PARAMETERS, weight_names
+from .checkpoint.verify import Contents, open_quantized
+from .errors import CheckpointError, UnsupportedError
+from .formats import NVFP4
+from .ops import FLOAT_DTYPES
+from .tensor import quantize
+
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_EXPERTS_FUNCTION = "halfbyte_w4a4"
+_PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> nn.Module:
+    """A transformers model that computes with the checkpoint's quantized weights.
+
+    The weights are decoded once to dtype, so that any machine can run them, dense or MoE, in both layouts. Where the
+    checkpoint declares 4-bit activations (W4A4), the inputs of quantized Linears are quantized and decoded on the
+    fly, as an engine with FP4 cores would see them. An FP8 KV cache is the engine's business and not imitated.
+
+    Args:
+        path: a directory that `halfbyte convert` wrote, or one like it.
+        dtype: what weights decode to, and what the model computes in.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
+        UnsupportedError: transformers is not installed, or has no way to quantize the activations of a W4A4 layer.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"dtype={dtype}: choose torch.bfloat16, torch.float16 or torch.float32")
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise UnsupportedError("loading a model needs transformers: pip install 'halfbyte[hf]'") from error
+    contents = open_quantized(Path(path))
+    config = AutoConfig.from_pretrained(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    state = stack_experts(_decoded(contents, dtype), set(skeleton.state_dict()))
+    model, info = type(skeleton).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if problems:
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
+    if contents.quantization.activations:
+        _quantize_inputs(model, contents)
+    runnable: nn.Module = model.to(device).eval()
+    return runnable
+
+
+def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Per-expert weights as the stacked parameters that a transformers ≥ 5 model has; others unchanged."""
+    experts: defaultdict[str, dict[int, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    stacked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        found = _EXPERT.match(name)
+        if found and f"{found[1]}.gate_up_proj" in wanted:
+            experts[found[1]][int(found[2])][_PART.get(found[3], found[3])] = tensor
+        else:
+            stacked[name] = tensor
+    for module, by_index in experts.items():
+        ordered = [by_index[i] for i in sorted(by_index)]
+        try:
+            gate_up = [torch.cat((parts["gate_proj"], parts["up_proj"])) for parts in ordered]
+            down = [parts["down_proj"] for parts in ordered]
+        except KeyError as error:
+            raise CheckpointError(f"{module}: an expert lacks its {error.args[0]}") from error
+        stacked[f"{module}.gate_up_proj"] = torch.stack(gate_up)
+        stacked[f"{module}.down_proj"] = torch.stack(down)
+    return stacked
+
+
+def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors under their high-precision names; floats in dtype."""
+    elements = weight_names(contents.quantization.layout, contents.quantization.format).elements
+    modules = {name.module for name in contents.quantized}
+    state: dict[str, Tensor] = {}
+    for tensor in contents.checkpoint.tensors:
+        module, _, parameter = tensor.rpartition(".")
+        if module in modules and parameter == elements:
+            state[f"{module}.weight"] = decode(contents, module, dtype, "cpu")
+        elif parameter not in SCALE_PARAMETERS:
+            data = contents.checkpoint.read(tensor)
+            state[tensor] = data.to(dtype) if data.is_floating_point() else data
+    return state
+
+
+def _quantize_inputs(model: Any, contents: Contents) -> None:
+    """Make every quantized Linear see its input as 4-bit activations with the checkpoint's static scale."""
+    names = weight_names(contents.quantization.layout, contents.quantization.format)
+    modules = dict(model.named_modules())
+    experts: defaultdict[str, dict[tuple[int, str], Tensor]] = defaultdict(dict)
+    for name in contents.quantized:
+        scale = contents.checkpoint.read(f"{name.module}.{names.input_scale}").reshape(()).clone()
+        amax = (1.0 / scale if names.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
+        if isinstance(modules.get(name.module), nn.Linear):
+            hook = partial(_quantize_linear_input, amax=amax)
+            modules[name.module].register_forward_pre_hook(hook)
+        elif name.expert is not None and (module := name.experts_module) in modules and module is not None:
+            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = amax
+        else:
+            raise UnsupportedError(
+                f"{name.module}: not a Linear of {type(model).__name__}, so its 4-bit activations cannot be imitated; "
+                "convert with --activations none to load it"
+            )
+    if experts:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FUNCTION, _quantized_experts)
+        model.set_experts_implementation(_EXPERTS_FUNCTION)
+        for module, amaxes in experts.items():
+            modules[module].halfbyte_input_amax = amaxes
+
+
+def _fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
+    return quantize(x, NVFP4(), amax=amax.to(x.device)).dequantize(x.dtype)
+
+
+def _quantize_linear_input(_module: nn.Module, args: tuple[Any, ...], *, amax: Tensor) -> tuple[Any, ...]:
+    return (_fake_quantize(args[0], amax), *args[1:])
+
+
+def _quantized_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' experts forward, one expert after the other, with both inputs of each quantized."""
+    if not self.has_gate or self.has_bias or self.is_transposed or not self.is_concatenated:
+        raise UnsupportedError(f"{type(self).__name__}: only gated experts [E, 2I, H] without biases are imitated")
+    out = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.num_experts:  # the mark of a token that another rank serves
+            continue
+        token, position = torch.where(top_k_index == expert)
+        x = _fake_quantize(hidden_states[token], self.halfbyte_input_amax[expert, "gate_proj"])
+        x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))
+        x = _fake_quantize(x, self.halfbyte_input_amax[expert, "down_proj"])
+        x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, position, None]
+        out.index_add_(0, token, x.to(out.dtype))
+    return out
