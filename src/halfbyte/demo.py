@@ -61,7 +61,8 @@ def run_demo(keep: Path | None, update: Callable[[str], None] = lambda text: Non
         from transformers.utils import logging
     except ImportError as error:
         raise UnsupportedError("the demo runs models with transformers: pip install 'halfbyte[hf]'") from error
-    logging.disable_progress_bar()
+    quiet: Any = logging
+    quiet.disable_progress_bar()
     source = DATA / "tiny"
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     batches = windows(tokenizer, (DATA / "text" / "evaluation.txt").read_text(encoding="utf-8"), count)

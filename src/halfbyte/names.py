@@ -117,7 +117,7 @@ def parse(name: str, decoder_layers: int | None = None) -> Name:
 def _kind(module: str) -> Kind:
     parts = module.split(".")
     leaf = parts[-1]
-    if leaf in ("lm_head", "embed_out", "output_layer"):
+    if leaf in ("lm_head", "embed_out", "output_layer") or module.endswith("shared_head.head"):
         return "lm_head"
     if any("embed" in part or part in ("wte", "wpe") for part in parts):
         return "embedding"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,22 @@ from .checkpoint.dequantize import decode
 from .checkpoint.schema import SCALE_PARAMETERS, weight_names
 from .checkpoint.verify import Contents, open_quantized
 from .errors import CheckpointError, UnsupportedError
-from .formats import NVFP4
+from .formats import MXFP8
 from .ops import FLOAT_DTYPES
 from .tensor import quantize
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_EXPERTS_FUNCTION = "halfbyte_w4a4"
+_EXPERTS_FUNCTION = "halfbyte_quantized_inputs"
+FakeQuantize = Callable[[Tensor], Tensor]
 _PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> nn.Module:
     """A transformers model that computes with the checkpoint's quantized weights.
 
-    The weights are decoded once to dtype, so that any machine can run them, dense or MoE, in both layouts. Where the
-    checkpoint declares 4-bit activations (W4A4), the inputs of quantized Linears are quantized and decoded on the
-    fly, as an engine with FP4 cores would see them. An FP8 KV cache is the engine's business and not imitated.
+    The weights are decoded once to dtype, so that any machine can run them, dense or MoE, in both layouts. Where an
+    engine would quantize activations (NVFP4 W4A4, and always MXFP8), the inputs of quantized Linears are quantized
+    and decoded on the fly, so that the model computes what the engine does. An FP8 KV cache is not imitated.
 
     Args:
         path: a directory that `halfbyte convert` wrote, or one like it.
@@ -38,7 +40,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
-        UnsupportedError: transformers is not installed, or has no way to quantize the activations of a W4A4 layer.
+        UnsupportedError: transformers is not installed, or has no place to quantize a layer's activations.
     """
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype={dtype}: choose torch.bfloat16, torch.float16 or torch.float32")
@@ -59,7 +61,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
-    if contents.quantization.activations:
+    if contents.quantization.activations or isinstance(contents.quantization.format, MXFP8):
         _quantize_inputs(model, contents)
     runnable: nn.Module = model.to(device).eval()
     return runnable
@@ -103,38 +105,42 @@ def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _quantize_inputs(model: Any, contents: Contents) -> None:
-    """Make every quantized Linear see its input as 4-bit activations with the checkpoint's static scale."""
-    names = weight_names(contents.quantization.layout, contents.quantization.format)
+    """Make every quantized Linear see its input as an engine with 4-bit or 8-bit activations does."""
     modules = dict(model.named_modules())
-    experts: defaultdict[str, dict[tuple[int, str], Tensor]] = defaultdict(dict)
+    experts: defaultdict[str, dict[tuple[int, str], FakeQuantize]] = defaultdict(dict)
     for name in contents.quantized:
-        scale = contents.checkpoint.read(f"{name.module}.{names.input_scale}").reshape(()).clone()
-        amax = (1.0 / scale if names.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
+        fake_quantize = _input_quantizer(contents, name.module)
         if isinstance(modules.get(name.module), nn.Linear):
-            hook = partial(_quantize_linear_input, amax=amax)
-            modules[name.module].register_forward_pre_hook(hook)
+            modules[name.module].register_forward_pre_hook(partial(_quantize_linear_input, fake_quantize))
         elif name.expert is not None and (module := name.experts_module) in modules and module is not None:
-            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = amax
+            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = fake_quantize
         else:
             raise UnsupportedError(
-                f"{name.module}: not a Linear of {type(model).__name__}, so its 4-bit activations cannot be imitated; "
-                "convert with --activations none to load it"
+                f"{name.module}: not a Linear of {type(model).__name__}, so its quantized activations cannot be "
+                "imitated; convert with --activations none to load it"
             )
     if experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FUNCTION, _quantized_experts)
         model.set_experts_implementation(_EXPERTS_FUNCTION)
-        for module, amaxes in experts.items():
-            modules[module].halfbyte_input_amax = amaxes
+        for module, quantizers in experts.items():
+            modules[module].halfbyte_inputs = quantizers
 
 
-def _fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
-    return quantize(x, NVFP4(), amax=amax.to(x.device)).dequantize(x.dtype)
+def _input_quantizer(contents: Contents, module: str) -> FakeQuantize:
+    """x → the decoded values of its quantization: under a static scale for NVFP4, dynamically for MXFP8."""
+    fmt = contents.quantization.format
+    if isinstance(fmt, MXFP8):
+        return lambda x: quantize(x, fmt).dequantize(x.dtype)
+    names = weight_names(contents.quantization.layout, fmt)
+    scale = contents.checkpoint.read(f"{module}.{names.input_scale}").reshape(()).clone()
+    amax = (1.0 / scale if names.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
+    return lambda x: quantize(x, fmt, amax=amax.to(x.device)).dequantize(x.dtype)
 
 
-def _quantize_linear_input(_module: nn.Module, args: tuple[Any, ...], *, amax: Tensor) -> tuple[Any, ...]:
-    return (_fake_quantize(args[0], amax), *args[1:])
+def _quantize_linear_input(fake_quantize: FakeQuantize, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (fake_quantize(args[0]), *args[1:])
 
 
 def _quantized_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -146,9 +152,9 @@ def _quantized_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
         if expert >= self.num_experts:  # the mark of a token that another rank serves
             continue
         token, position = torch.where(top_k_index == expert)
-        x = _fake_quantize(hidden_states[token], self.halfbyte_input_amax[expert, "gate_proj"])
+        x = self.halfbyte_inputs[expert, "gate_proj"](hidden_states[token])
         x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))
-        x = _fake_quantize(x, self.halfbyte_input_amax[expert, "down_proj"])
+        x = self.halfbyte_inputs[expert, "down_proj"](x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, position, None]
         out.index_add_(0, token, x.to(out.dtype))
     return out

@@ -58,9 +58,12 @@ RULES: dict[Layout, dict[str, Rule]] = {
 }
 
 
-def exclusion_list(layout: Layout, excluded: Iterable[Name]) -> list[str]:
-    """Patterns for the config that exclude exactly these modules: whole names, and one entry for a layer's experts."""
-    patterns = ["lm_head"]
+def exclusion_list(layout: Layout, quantized: Iterable[Name], excluded: Iterable[Name]) -> list[str]:
+    """Patterns for the config that exclude exactly these modules: whole names, and one entry for a layer's experts.
+
+    lm_head is named even where it is not on disk: a tied one still is a Linear in the engine.
+    """
+    patterns = [] if any(name.kind == "lm_head" for name in quantized) else ["lm_head"]
     for name in excluded:
         experts = name.experts_module
         if experts is None:

@@ -133,7 +133,7 @@ def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None
     groups = _groups(items, where)
     excluded = [item.name for item in items if item.linear and not item.decision.quantize]
     quantized = [item.name for item in items if item.decision.quantize]
-    ignore = exclusion_list(options.layout, excluded)
+    ignore = exclusion_list(options.layout, quantized, excluded)
     if wrong := disagreements(options.layout, ignore, quantized, excluded):
         raise CheckpointError(
             f"{where}: engines would misread the result: {wrong[0]}; choose another --layout or policy"
@@ -280,7 +280,8 @@ def _groups(items: list[Planned], where: object) -> list[tuple[Planned, ...]]:
     for layer in fused:
         if f"{layer}.weight" in everything:
             raise CheckpointError(f"{where}: {layer}.weight is there both fused and in parts; remove one")
-    return list(dict.fromkeys(groups.get(item.name.full, (item,)) for item in items))
+    ordered = (groups.get(item.name.full, (item,)) for item in items)
+    return list({group[0].name.full: group for group in ordered}.values())
 
 
 def _check_fused(layer: str, members: list[Planned], gated: set[str], where: object) -> None:

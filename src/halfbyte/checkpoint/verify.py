@@ -102,7 +102,8 @@ def _configs(contents: Contents) -> Iterator[Finding]:
                     "hf_quant_config.json", f"disagrees with config.json about {', '.join(keys) or 'its keys'}"
                 )
     if (directory / INDEX).exists():
-        total = (read_json(directory / INDEX).get("metadata") or {}).get("total_size")
+        metadata = read_json(directory / INDEX).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != contents.checkpoint.nbytes:
             yield Finding(INDEX, f"total_size is {total}, the tensors have {contents.checkpoint.nbytes} bytes")
 
@@ -166,7 +167,7 @@ def _values(contents: Contents, progress: Progress) -> Iterator[Finding]:
         data = checkpoint.read(tensor)
         if tensor in scales:
             yield from _scale_bytes(tensor, data, contents.quantization)
-        elif tensor.rpartition(".")[2] in SCALE_PARAMETERS and not bool(((data > 0) & (data < torch.inf)).all()):
+        elif tensor.rpartition(".")[2] in SCALE_PARAMETERS and not _positive(data.float()):
             yield Finding(tensor, f"is {data.flatten().tolist()}; a scale is positive and finite")
         if digests is not None and digests.get(tensor) != tensor_digest(data):
             known = "its bytes are not those that were written" if tensor in digests else "was not written by halfbyte"
@@ -174,6 +175,10 @@ def _values(contents: Contents, progress: Progress) -> Iterator[Finding]:
         progress(info.nbytes)
     for tensor in sorted(set(digests or ()) - set(checkpoint.tensors)):
         yield Finding(tensor, f"is missing, but {MANIFEST} lists it")
+
+
+def _positive(data: Tensor) -> bool:
+    return bool(((data > 0) & (data < torch.inf)).all())
 
 
 def _manifest_agrees(contents: Contents, layout: str, fmt: object) -> Iterator[Finding]:
@@ -186,7 +191,7 @@ def _manifest_agrees(contents: Contents, layout: str, fmt: object) -> Iterator[F
 
 
 def _scale_bytes(tensor: str, data: Tensor, quantization: Quantization) -> Iterator[Finding]:
-    scale = data.view(torch.uint8)
+    scale = data.reshape(-1).view(torch.uint8)
     if isinstance(quantization.format, MXFP8):
         if count := int((scale == 255).sum()):
             yield Finding(tensor, f"{count} block scales are NaN (0xFF)")
