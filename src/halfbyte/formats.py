@@ -29,7 +29,7 @@ Rounding = Literal["nearest", "stochastic"]
 
 
 def _choose(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, bool) is not isinstance(choices[0], bool):
+    if type(value) is not type(choices[0]) or value not in choices:
         raise FormatError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
@@ -64,8 +64,9 @@ class NVFP4:
     error_arithmetic: ErrorArithmetic = "exact"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", tuple(self.block))
         _choose("block", self.block, ((1, 16), (16, 16)))
+        if any(type(side) is not int for side in self.block):
+            raise FormatError(f"block={self.block!r}: its sides are integers")
         _choose("scaling", self.scaling, ("tensor", "row"))
         _choose("scale_rule", self.scale_rule, ("amax", "four_over_six"))
         _choose("hadamard", self.hadamard, (False, True))

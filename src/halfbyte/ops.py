@@ -33,17 +33,12 @@ def quantize_nvfp4(
     """See `halfbyte.quantize`."""
     _check_input(x, fmt)
     _check_impl(impl)
+    _check_rounding(fmt, rng, first_block)
     if per_matrix and x.dim() < 2:
         raise ShapeError(f"per_matrix=True needs at least 2 dimensions; x has shape {tuple(x.shape)}")
-    if (fmt.rounding == "stochastic") != (rng is not None):
-        raise FormatError(
-            "rounding='stochastic' needs rng=(seed, offset)"
-            if rng is None
-            else f"rng={rng!r} is only for rounding='stochastic'; this format rounds to nearest"
-        )
-    if first_block < 0:
-        raise ShapeError(f"first_block={first_block}: must not be negative")
     if amax is not None:
+        if not isinstance(amax, Tensor):
+            raise ShapeError(f"amax is {type(amax).__name__}; needs a float32 tensor: torch.tensor({amax!r})")
         wanted = nvfp4.amax_shape(x.shape, fmt, per_matrix)
         if amax.dtype != torch.float32 or amax.shape not in (torch.Size(()), wanted):
             raise ShapeError(
@@ -52,14 +47,15 @@ def quantize_nvfp4(
             )
         if amax.device != x.device:
             raise ShapeError(f"amax is on {amax.device}, x on {x.device}; move one with .to(device)")
-    return nvfp4.quantize(x, fmt, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
+    amax = None if amax is None else amax.detach()
+    return nvfp4.quantize(x.detach(), fmt, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
 
 
 def quantize_mxfp8(x: Tensor, fmt: MXFP8, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """(elements, block_scale); see `halfbyte.quantize`."""
     _check_input(x, fmt)
     _check_impl(impl)
-    return mxfp8.quantize(x)
+    return mxfp8.quantize(x.detach())
 
 
 def dequantize_nvfp4(
@@ -76,7 +72,21 @@ def dequantize_mxfp8(elements: Tensor, block_scale: Tensor, dtype: torch.dtype, 
     return mxfp8.dequantize(elements, block_scale).to(dtype)
 
 
+def _check_rounding(fmt: NVFP4, rng: object, first_block: object) -> None:
+    if fmt.rounding == "nearest":
+        if rng is not None or first_block != 0:
+            raise FormatError("rng and first_block are only for rounding='stochastic'; this format rounds to nearest")
+        return
+    is_pair = isinstance(rng, tuple) and len(rng) == 2
+    if not is_pair or not all(isinstance(word, int) and 0 <= word < 2**64 for word in rng):  # type: ignore[attr-defined]
+        raise FormatError(f"rng={rng!r}: rounding='stochastic' needs rng=(seed, offset), two integers of 64 bits")
+    if not isinstance(first_block, int) or not 0 <= first_block < 2**60:
+        raise FormatError(f"first_block={first_block!r}: must be an integer from 0 to 2**60")
+
+
 def _check_input(x: Tensor, fmt: Format) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"x is {type(x).__name__}; quantize takes a torch.Tensor: use torch.as_tensor(x)")
     if x.dtype not in FLOAT_DTYPES:
         raise ShapeError(f"x is {x.dtype}; quantize takes float32, bfloat16 or float16: convert it first")
     if x.dim() < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import ShapeError
+from .errors import FormatError, ShapeError
 from .formats import MXFP8, NVFP4, Format
 
 
@@ -79,17 +79,20 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantize x to fmt along its last dimension; `quantize(x.mT, fmt)` is what others call column-wise.
 
+    The result carries no gradient.
+
     Args:
         x: (…, K) float32, bfloat16 or float16, any strides, K divisible by 16 (NVFP4) or 32 (MXFP8). It is the
             matrix (-1, K): one tensor scale, or one per row.
         fmt: an `NVFP4` or `MXFP8`.
         impl: "reference" is the specification; "auto" picks the fastest that runs here. All give the same bytes.
-        amax: float32 maximum to use instead of x's own, shared across tensors or ranks; values beyond it saturate.
+        amax: float32 maximum, not negative, to use instead of x's own, shared across tensors or ranks; values beyond
+            it saturate.
             With hadamard=True it is the maximum after the transform.
         per_matrix: each leading matrix of x (E, M, K) has its own tensor scale, and no 16×16 block crosses matrices.
         rng: (seed, offset) for stochastic rounding, 64 bits each; required for it and refused otherwise.
-        first_block: row-major index of x's first 1×16 block in the tensor that it is a part of, so that parts round
-            stochastically like the whole.
+        first_block: for stochastic rounding, the row-major index of x's first 1×16 block in the tensor that it is a
+            part of, so that parts round like the whole.
 
     Raises:
         ShapeError: dtype, shape or amax does not fit.
@@ -100,9 +103,11 @@ def quantize(
     Source: NVFP4 rules of TransformerEngine 2.20's reference quantizer; MXFP8 of the OCP MX specification with
     TransformerEngine's scale rounding.
     """
+    if not isinstance(fmt, NVFP4 | MXFP8):
+        raise FormatError(f"fmt={fmt!r}: needs an NVFP4(...) or MXFP8() value")
     if isinstance(fmt, MXFP8):
         if amax is not None or per_matrix or rng is not None or first_block:
-            raise ShapeError("MXFP8 has no tensor scale and rounds to nearest: leave amax, per_matrix and rng out")
+            raise FormatError("MXFP8 has no tensor scale and rounds to nearest: leave amax, per_matrix and rng out")
         elements, scale = ops.quantize_mxfp8(x, fmt, impl=impl)
         return QuantizedTensor(elements, scale, None, None, fmt)
     encoded = ops.quantize_nvfp4(x, fmt, impl=impl, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
