@@ -288,7 +288,8 @@ def _errors(as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
 
