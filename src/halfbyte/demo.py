@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -56,13 +57,15 @@ def run_demo(keep: Path | None, update: Callable[[str], None] = lambda text: Non
         CheckpointError: `keep` exists, or a result does not verify.
         UnsupportedError: transformers is not installed.
     """
+    for third_party in ("torchao", "torch.utils._pytree"):  # transformers imports them; their warnings are not ours
+        logging.getLogger(third_party).setLevel(logging.ERROR)
     try:
         from transformers import AutoTokenizer
-        from transformers.utils import logging
+        from transformers.utils import logging as hf_logging
     except ImportError as error:
         raise UnsupportedError("the demo runs models with transformers: pip install 'halfbyte[hf]'") from error
-    quiet: Any = logging
-    quiet.disable_progress_bar()
+    progress_bars: Any = hf_logging
+    progress_bars.disable_progress_bar()
     source = DATA / "tiny"
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     batches = windows(tokenizer, (DATA / "text" / "evaluation.txt").read_text(encoding="utf-8"), count)

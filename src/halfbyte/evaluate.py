@@ -25,7 +25,7 @@ WINDOW = 511
 
 def windows(tokenizer: Any, text: str, count: int = 16) -> list[Tensor]:
     """Token ids, each [1, 511] or, with a BOS, [1, 512]."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found = min(count, len(ids) // WINDOW)
     if found == 0:

@@ -252,16 +252,21 @@ def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Opt
 
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
     original = weight.float()
-    difference = q.dequantize(torch.float32) - original
+    difference = q.dequantize(torch.float32).sub_(original)
     return WeightReport(
         name=item.name.full,
         kind=item.name.kind,
         leaf=item.name.leaf,
         elements=weight.numel(),
         bytes=q.nbytes,
-        squared_error=float(difference.square_().sum(dtype=torch.float64)),
-        squared_norm=float(original.square().sum(dtype=torch.float64)),
+        squared_error=_squared_norm(difference),
+        squared_norm=_squared_norm(original),
     )
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """Sum of squares: a row in float32, which its length allows, the rows in float64."""
+    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
 
 
 def _ratio(squared_error: float, squared_norm: float) -> float:

@@ -26,6 +26,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return elements.flatten(-2), code.squeeze(-1)
 
 
-def dequantize(elements: Tensor, block_scale: Tensor) -> Tensor:
-    """value · 2^(code-127) as float32 (…, K); scale 255 → NaN."""
-    return elements.float() * e8m0.decode(block_scale).repeat_interleave(COLUMNS, -1)
+def dequantize(elements: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """value · 2^(code-127) in float32, rounded once to dtype, (…, K); scale 255 → NaN."""
+    return (elements.float() * e8m0.decode(block_scale).repeat_interleave(COLUMNS, -1)).to(dtype)

@@ -39,7 +39,7 @@ def quantize(
     if fmt.hadamard:
         x = hadamard.transform(x)
     matrix = _as_matrices(x.float(), per_matrix)  # [P, M, K]
-    computed = _amax(matrix, fmt) if amax is None else amax.float().expand(amax_shape(shape, fmt, per_matrix))
+    computed = _amax(matrix, fmt) if amax is None else amax.expand(amax_shape(shape, fmt, per_matrix)).clone()
     rows_per_scale = matrix.shape[1] if fmt.scaling == "row" else 1
     a = computed.reshape(matrix.shape[0], rows_per_scale, 1, 1)  # [P, 1 or M, 1, 1]
     encode_scale, decode_scale = tensor_scales(a, fmt)
@@ -76,10 +76,10 @@ def tensor_scales(amax: Tensor, fmt: NVFP4) -> tuple[Tensor, Tensor]:
     return encode_scale, 1.0 / encode_scale
 
 
-def dequantize(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> Tensor:
-    """q · (f32(s) · S_dec) as float32 (…, K); tensor_scale of any shape that `amax_shape` gives."""
+def dequantize(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q · (f32(s) · S_dec) in float32, rounded once to dtype, (…, K); tensor_scale of `amax_shape`."""
     scale = block_scale.float() * _align(tensor_scale, packed.dim())
-    return e2m1.decode(e2m1.unpack(packed)) * scale.repeat_interleave(COLUMNS, -1)
+    return (e2m1.decode(e2m1.unpack(packed)) * scale.repeat_interleave(COLUMNS, -1)).to(dtype)
 
 
 def decode_without_tensor_scale(packed: Tensor, block_scale: Tensor) -> Tensor:
