@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
@@ -102,8 +103,8 @@ def convert(
             kv_cache=cast(KVCache, kv_cache),
             activations=cast(Activations, activations),
         )
-        if max_shard_gb <= 0:
-            raise FormatError(f"--max-shard-gb {max_shard_gb}: must be positive")
+        if not 0 < max_shard_gb < math.inf:
+            raise FormatError(f"--max-shard-gb {max_shard_gb}: must be positive and finite")
         source = resolve(model)
         checkpoint = Checkpoint(source)
         if dry_run:
@@ -157,9 +158,10 @@ def verify(
 
     def show(console: Console) -> None:
         for finding in unique:
-            console.print(f"[red]✗[/] {finding}", highlight=False)
+            console.print(f"[red]✗[/] {_escape(str(finding))}", highlight=False)
         scope = "every byte is what its source gives" if source else "structure and digests (add --source to recompute)"
-        console.print(f"{out_dir}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {out_dir}: {scope}")
+        name = _escape(str(out_dir))
+        console.print(f"{name}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {name}: {scope}")
 
     _emit(as_json, lambda: data, show)
     raise typer.Exit(1 if unique else 0)
@@ -246,6 +248,8 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise FormatError(f"--device {name}: not a device ({str(error).splitlines()[0]})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise FormatError(f"--device {name}: choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise FormatError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
     return name

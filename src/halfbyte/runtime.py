@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import names
 from .checkpoint.dequantize import decode
+from .checkpoint.plan import decoder_layers
 from .checkpoint.schema import SCALE_PARAMETERS, weight_names
 from .checkpoint.verify import Contents, open_quantized
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, HalfbyteError, UnsupportedError
 from .formats import MXFP8
+from .names import Name
 from .ops import FLOAT_DTYPES
 from .tensor import quantize
 
@@ -52,12 +55,17 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
     config = AutoConfig.from_pretrained(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    state = stack_experts(_decoded(contents, dtype), set(skeleton.state_dict()))
-    model, info = type(skeleton).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    try:
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        state = stack_experts(_decoded(contents, dtype), set(skeleton.state_dict()))
+        model, info = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except HalfbyteError:
+        raise
+    except (ValueError, RuntimeError) as error:  # no such causal language model, or other shapes than the config's
+        raise CheckpointError(f"{path}: transformers cannot build it: {str(error).splitlines()[0]}") from error
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
@@ -94,7 +102,10 @@ def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
     elements = weight_names(contents.quantization.layout, contents.quantization.format).elements
     modules = {name.module for name in contents.quantized}
     state: dict[str, Tensor] = {}
+    layers = decoder_layers(contents.checkpoint)
     for tensor in contents.checkpoint.tensors:
+        if names.parse(tensor, layers).tower == "mtp":  # transformers runs models without
+            continue
         module, _, parameter = tensor.rpartition(".")
         if module in modules and parameter == elements:
             state[f"{module}.weight"] = decode(contents, module, dtype, "cpu")
@@ -109,10 +120,12 @@ def _quantize_inputs(model: Any, contents: Contents) -> None:
     modules = dict(model.named_modules())
     experts: defaultdict[str, dict[tuple[int, str], FakeQuantize]] = defaultdict(dict)
     for name in contents.quantized:
+        if name.tower == "mtp":
+            continue
         fake_quantize = _input_quantizer(contents, name.module)
         if isinstance(modules.get(name.module), nn.Linear):
             modules[name.module].register_forward_pre_hook(partial(_quantize_linear_input, fake_quantize))
-        elif name.expert is not None and (module := name.experts_module) in modules and module is not None:
+        elif name.expert is not None and (module := _experts_of(name, modules)) is not None:
             experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = fake_quantize
         else:
             raise UnsupportedError(
@@ -128,14 +141,20 @@ def _quantize_inputs(model: Any, contents: Contents) -> None:
             modules[module].halfbyte_inputs = quantizers
 
 
+def _experts_of(name: Name, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module that holds a routed expert; transformers ≥ 5 calls block_sparse_moe mlp."""
+    path = name.experts_module or ""
+    return next((p for p in (path, path.replace(".block_sparse_moe.", ".mlp.")) if p in modules and p), None)
+
+
 def _input_quantizer(contents: Contents, module: str) -> FakeQuantize:
     """x → the decoded values of its quantization: under a static scale for NVFP4, dynamically for MXFP8."""
     fmt = contents.quantization.format
     if isinstance(fmt, MXFP8):
         return lambda x: quantize(x, fmt).dequantize(x.dtype)
-    names = weight_names(contents.quantization.layout, fmt)
-    scale = contents.checkpoint.read(f"{module}.{names.input_scale}").reshape(()).clone()
-    amax = (1.0 / scale if names.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
+    parameters = weight_names(contents.quantization.layout, fmt)
+    scale = contents.checkpoint.read(f"{module}.{parameters.input_scale}").reshape(()).clone()
+    amax = (1.0 / scale if parameters.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
     return lambda x: quantize(x, fmt, amax=amax.to(x.device)).dequantize(x.dtype)
 
 

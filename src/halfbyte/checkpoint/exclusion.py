@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ..names import Name
 from .schema import Layout
@@ -17,13 +17,19 @@ from .schema import Layout
 Rule = Callable[[str, tuple[str, ...], Sequence[str]], bool]
 
 
-def engine_layer(name: Name) -> tuple[str, tuple[str, ...]]:
-    """(layer as an engine names it, modules on disk that it is made of)."""
+def engine_layer(name: Name, modules: Collection[str] | None = None) -> tuple[str, tuple[str, ...]]:
+    """(layer as an engine names it, modules on disk that it is made of).
+
+    modules: all that the model has; a part of a fused layer without partners among them goes by its own name.
+    """
     experts = name.experts_module
     if experts is not None:
         return experts, (name.module,)
     if name.fused is not None:
-        return name.fused, tuple(f"{name.parent}.{leaf}" for leaf in name.partners)
+        members = tuple(f"{name.parent}.{leaf}" for leaf in name.partners)
+        there = tuple(member for member in members if modules is None or member in modules)
+        if len(there) > 1:
+            return name.fused, there
     return name.module, (name.module,)
 
 
@@ -80,8 +86,10 @@ def disagreements(
 ) -> list[str]:
     """Where an engine's rule selects other modules than meant; one sentence each."""
     found = []
+    quantized, excluded = tuple(quantized), tuple(excluded)
+    modules = {name.module for name in (*quantized, *excluded)}
     for names, should in ((quantized, False), (excluded, True)):
-        for layer, members in dict.fromkeys(engine_layer(name) for name in names):
+        for layer, members in dict.fromkeys(engine_layer(name, modules) for name in names):
             for engine, rule in RULES[layout].items():
                 if rule(layer, members, patterns) is not should:
                     state = "is not quantized but" if should else "is quantized but"

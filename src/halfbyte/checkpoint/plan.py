@@ -128,8 +128,10 @@ def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None
     if not any(item.decision.quantize for item in items):
         raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
     for item in items:
+        if item.linear:
+            _check_dtype(item, source)
         if item.decision.quantize:
-            _check_quantizable(item, options, source)
+            _check_shape(item, options, source)
     groups = _groups(items, where)
     excluded = [item.name for item in items if item.linear and not item.decision.quantize]
     quantized = [item.name for item in items if item.decision.quantize]
@@ -240,13 +242,18 @@ def _check_names(items: list[Planned], source: Checkpoint) -> None:
         )
 
 
-def _check_quantizable(item: Planned, options: Options, source: Checkpoint) -> None:
-    where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
-    if item.dtype not in QUANTIZABLE_DTYPES:
+def _check_dtype(item: Planned, source: Checkpoint) -> None:
+    """Also of what stays as it is: low-precision weights without their scales mean nothing under another label."""
+    if item.dtype not in (*QUANTIZABLE_DTYPES, "F64") or (item.dtype == "F64" and item.decision.quantize):
+        where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
         raise CheckpointError(
-            f"{where}: is {item.dtype}; halfbyte quantizes {', '.join(QUANTIZABLE_DTYPES)}. Exclude it with "
-            f"--ignore {item.name.module}, or convert the high-precision original"
+            f"{where}: is {item.dtype}; halfbyte quantizes {', '.join(QUANTIZABLE_DTYPES)}; "
+            "convert the high-precision original"
         )
+
+
+def _check_shape(item: Planned, options: Options, source: Checkpoint) -> None:
+    where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
     block = options.format.block_columns
     if item.shape[1] % block or 0 in item.shape:
         raise CheckpointError(
@@ -273,6 +280,8 @@ def _groups(items: list[Planned], where: object) -> list[tuple[Planned, ...]]:
     gated = {_template(layer) for layer, members in fused.items() if len(members) > 1}
     groups: dict[str, tuple[Planned, ...]] = {}
     for layer, members in fused.items():
+        if members[0].name.tower == "other" and not any(item.decision.quantize for item in members):
+            continue  # engines do not fuse them, and their names may mean something else
         _check_fused(layer, members, gated, where)
         if all(item.decision.quantize for item in members):
             groups |= dict.fromkeys((item.name.full for item in members), tuple(members))

@@ -16,7 +16,7 @@ from ..policy import Decision
 from .convert import convert_group, kv_scales
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
-from .plan import Options, Plan, make_plan
+from .plan import Options, Plan, Planned, make_plan
 from .shards import Checkpoint, companions
 from .verify import Contents, Finding, Progress, open_quantized
 
@@ -115,22 +115,27 @@ def _differences(a: Tensor, b: Tensor) -> tuple[int, int]:
 
 
 def _closest_format(contents: Contents, source: Checkpoint, plan: Plan, options: Options, device: str) -> Format:
-    """The rule of the contract whose bytes are nearest to the checkpoint's, judged on its smallest weight."""
+    """The rule whose bytes are nearest to the checkpoint's: judged on the smallest weights, until one is left."""
     if not isinstance(options.format, NVFP4):
         return options.format
     groups = [group for group in plan.groups if group[0].decision.quantize]
-    smallest = min(groups, key=lambda group: sum(item.nbytes for item in group))
 
-    def differing(fmt: Format) -> int:
+    def differing(fmt: Format, group: tuple[Planned, ...]) -> int:
         total = 0
-        for _, tensors, _ in convert_group(source, smallest, replace(options, format=fmt), device):
+        for _, tensors, _ in convert_group(source, group, replace(options, format=fmt), device):
             for tensor, data in tensors.items():
                 actual = contents.checkpoint.read(tensor) if tensor in contents.checkpoint.tensors else None
                 same_kind = actual is not None and (actual.dtype, actual.shape) == (data.dtype, data.shape)
                 total += _differences(actual, data)[0] if actual is not None and same_kind else data.nbytes
         return total
 
-    return min(_weight_formats(), key=differing)
+    candidates = list(_weight_formats())
+    for group in sorted(groups, key=lambda group: sum(item.nbytes for item in group)):
+        counts = [differing(fmt, group) for fmt in candidates]
+        candidates = [fmt for fmt, count in zip(candidates, counts, strict=True) if count == min(counts)]
+        if len(candidates) == 1:
+            break
+    return candidates[0]
 
 
 def _weight_formats() -> Iterator[NVFP4]:

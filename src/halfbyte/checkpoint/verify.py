@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .. import names
 from ..errors import HalfbyteError
 from ..formats import MXFP8, NVFP4
 from ..names import Name
-from .config import Quantization, hf_quant_config, read_quantization
+from .config import Quantization, hf_quant_config, quantization_config, read_quantization
 from .exclusion import disagreements
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
@@ -88,6 +89,9 @@ def verify_structure(directory: Path, progress: Progress = lambda done: None) ->
 
 def _configs(contents: Contents) -> Iterator[Finding]:
     directory = contents.checkpoint.directory
+    declared, wanted = contents.checkpoint.config["quantization_config"], quantization_config(contents.quantization)
+    for path, value, should in _differences(declared, wanted):
+        yield Finding("config.json", f"quantization_config{path} is {value!r}; the format asks for {should!r}")
     expected = hf_quant_config(contents.quantization)
     if expected is not None:
         try:
@@ -106,6 +110,15 @@ def _configs(contents: Contents) -> Iterator[Finding]:
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != contents.checkpoint.nbytes:
             yield Finding(INDEX, f"total_size is {total}, the tensors have {contents.checkpoint.nbytes} bytes")
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, value, expected) wherever a config differs; who produced it does not matter, nor keys beyond ours."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in wanted.keys() - {"producer"}:
+            yield from _differences(found.get(key), wanted[key], f"{path}.{key}")
+    elif found != wanted:
+        yield path, found, wanted
 
 
 def _tensors_present(contents: Contents) -> Iterator[Finding]:

@@ -1,0 +1,291 @@
+"""The command line: help, exit codes, JSON, and that nothing is left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from halfbyte import __version__
+from halfbyte.checkpoint import convert as converting
+from halfbyte.checkpoint import hub
+from halfbyte.checkpoint.shards import ShardWriter
+from halfbyte.cli import app
+
+from .check import equal, true
+from .checkpoint import models
+
+WIDE = {"COLUMNS": "250", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner(env=WIDE).invoke(app, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments: object) -> str:
+    done = cli(*arguments)
+    equal(done.exit_code, 0, done.output + repr(done.exception))
+    return done.stdout
+
+
+def parsed(*arguments: object, code: int = 0) -> dict[str, Any]:
+    done = cli(*arguments, "--json")
+    equal(done.exit_code, code, done.output + repr(done.exception))
+    return json.loads(done.stdout)
+
+
+def has(text: str, *parts: str) -> None:
+    for part in parts:
+        true(part in text, f"{part!r} is not in:\n{text}")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return models.moe(shared="shared_expert").save(tmp_path / "source", 2)
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "dequantize", "demo"])
+def test_help_has_examples(command: str) -> None:
+    has(succeeds(command, "--help"), "Example", f"halfbyte {command}")
+
+
+def test_help_names_every_option_of_convert() -> None:
+    options = ["--format", "--layout", "--scale-rule", "--error", "--e4m3-max", "--only", "--ignore", "--kv-cache"]
+    options += [f"--num-layers-at-{end}-in-bf16" for end in ("start", "end")]
+    options += [f"--extra-high-precision-layers-{side}" for side in ("hf", "megatron")]
+    options += ["--include-mtp", "--activations", "--device", "--dry-run", "--json", "--max-shard-gb"]
+    has(succeeds("convert", "--help"), *options)
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "halfbyte", "--version"], capture_output=True, text=True)
+    equal((done.returncode, done.stdout, done.stderr), (0, f"halfbyte {__version__}\n", ""))
+
+
+def test_convert(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    text = succeeds("convert", source, out)
+    has(text, "38 weights at 4.5", "12 fused groups under one tensor scale", "1 shard(s)", "modelopt layout", "E = 448")
+    has(text, "experts gate_proj", "attention o_proj", "worst five tensors", f"vllm serve {out}", f"load('{out}')")
+    equal(text.count(".weight "), 5)  # the worst five
+    has(succeeds("verify", out, "--source", source), "every byte is what its source gives")
+    has(succeeds("verify", out), "structure and digests (add --source to recompute)")
+    has(succeeds("dequantize", out, tmp_path / "plain"), "in bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "engines"),
+    [
+        ((), {"vLLM"}),
+        (("--activations", "constant"), {"vLLM", "SGLang", "TensorRT-LLM"}),
+        (("--format", "mxfp8"), {"vLLM", "SGLang"}),
+        (("--layout", "compressed-tensors"), {"vLLM", "SGLang"}),
+        (("--layout", "compressed-tensors", "--ignore", "*.experts.*"), {"vLLM", "SGLang", "transformers"}),
+    ],
+)  # fmt: skip
+def test_convert_names_the_engines_that_load_it(
+    tmp_path: Path, source: Path, options: tuple[str, ...], engines: set[str]
+) -> None:
+    report = parsed("convert", source, tmp_path / "out", *options)
+    equal(set(report["serve"]), engines | {"halfbyte"})
+
+
+def test_json(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    report = parsed("convert", source, out, "--scale-rule", "four_over_six", "--error", "mse", "--kv-cache", "fp8")
+    equal(
+        (report["format"]["scale_rule"], report["format"]["error"], report["format"]["e4m3_max"]),
+        ("four_over_six", "mse", 256),
+    )
+    equal((report["weights_quantized"], report["fused_groups"], report["shards"]), (38, 12, 1))
+    equal(report["output_bytes"], sum(t.nbytes for t in models.read_all(out).values()))
+    equal(len(report["worst"]), 5)
+    equal(parsed("verify", out, "--source", source), {"ok": True, "findings": []})
+    (out / "chat_template.jinja").unlink()
+    wanted = [{"where": "chat_template.jinja", "what": "is missing; the source has it"}]
+    equal(parsed("verify", out, "--source", source, code=1), {"ok": False, "findings": wanted})
+    equal(parsed("dequantize", out, tmp_path / "plain")["dtype"], "bfloat16")
+    error = parsed("convert", source, out, code=2)["error"]
+    equal(error, f"{out}: already exists; choose another output directory or remove it")
+
+
+def test_dry_run_lists_everything_and_writes_nothing(tmp_path: Path, source: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    options = [
+        "--extra-high-precision-layers-hf",
+        "1.self_attn",
+        "--extra-high-precision-layers-megatron",
+        "layers.0.mlp.shared",
+    ]
+    options += ["--ignore", "layers.0.mlp.experts"]
+    plan = parsed("convert", source, tmp_path / "out", *options, "--dry-run")
+    tensors = {item["tensor"]: item for item in plan["tensors"]}
+    equal(set(tensors), set(models.read_all(source)))
+    reasons = {name: (item["becomes"], item["reason"]) for name, item in tensors.items()}
+    l0, l1 = "model.layers.0", "model.layers.1"
+    equal(reasons[f"{l1}.self_attn.q_proj.weight"], ("bf16", "--extra-high-precision-layers-hf 1.self_attn"))
+    equal(
+        reasons[f"{l0}.mlp.shared_expert.up_proj.weight"][1],
+        "--extra-high-precision-layers-megatron layers.0.mlp.shared",
+    )
+    equal(reasons[f"{l0}.mlp.experts.3.up_proj.weight"], ("bf16", "--ignore layers.0.mlp.experts"))
+    equal(reasons[f"{l1}.mlp.experts.3.up_proj.weight"], ("nvfp4", "decoder experts"))
+    equal(reasons["lm_head.weight"], ("bf16", "lm_head"))
+    text = succeeds("convert", source, tmp_path / "out", *options, "--dry-run")
+    has(text, "Nothing was written.", *tensors, *{reason for _, reason in reasons.values()})
+    equal(sorted(tmp_path.rglob("*")), before)
+
+
+def test_constant_activations_come_with_a_warning(tmp_path: Path, source: Path) -> None:
+    done = cli("convert", source, tmp_path / "out", "--activations", "constant", "--json")
+    equal(done.exit_code, 0)
+    has(done.stderr, "warning: input scale 1.0 everywhere", "static scale clip activations")
+    json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "fp4"], "--format fp4: choose nvfp4 or mxfp8"),
+        (["--layout", "awq"], "layout='awq': choose one of modelopt, compressed-tensors"),
+        (["--scale-rule", "best"], "scale_rule='best': choose one of 'amax', 'four_over_six'"),
+        (["--scale-rule", "four_over_six", "--error", "rmse"], "error='rmse': choose one of 'mae', 'mse'"),
+        (["--error", "mse"], "scale_rule='amax' measures no error"),
+        (["--e4m3-max", "300"], "--e4m3-max 300: choose one of 256, 288, 320, 448"),
+        (["--format", "mxfp8", "--e4m3-max", "256"], "--e4m3-max: MXFP8 has one rule and nothing to choose"),
+        (["--format", "mxfp8", "--activations", "constant"], "leave activations out"),
+        (["--only", "moe"], "only='moe': choose one of 'all', 'experts', 'mlp'"),
+        (["--kv-cache", "int8"], "kv_cache='int8': choose one of none, fp8"),
+        (["--activations", "dynamic"], "activations='dynamic': choose one of none, constant"),
+        (["--ignore", "layers.7"], "--ignore layers.7 matches no tensor; see `--dry-run` for their names"),
+        (["--ignore", "*"], "nothing to quantize under these options"),
+        (["--num-layers-at-end-in-bf16", "-1"], "must not be negative"),
+        (["--max-shard-gb", "0"], "--max-shard-gb 0.0: must be positive"),
+        (["--device", "tpu9"], "--device tpu9: not a device"),
+        (["--ingore", "x"], "No such option: --ingore"),
+        (["--e4m3-max", "many"], "Invalid value for '--e4m3-max'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options(tmp_path: Path, source: Path, options: list[str], message: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("convert", source, tmp_path / "out", *options)
+    equal(done.exit_code, 2, done.output)
+    has(done.stderr, message)
+    equal((done.stdout, sorted(tmp_path.rglob("*"))), ("", before))
+
+
+@pytest.mark.parametrize(
+    "options", [("--max-shard-gb", "nan"), ("--max-shard-gb", "inf"), ("--device", "meta")], ids=" ".join
+)
+def test_strange_options(tmp_path: Path, source: Path, options: tuple[str, str]) -> None:
+    done = cli("convert", source, tmp_path / "out", *options)
+    equal(done.exit_code, 2, repr(done.exception))
+    has(done.stderr, f"error: {options[0]} {options[1]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["convert", "nowhere", "out"],
+            "nowhere: no such directory (and no hub id, which looks like organisation/name)",
+        ),
+        (["convert", "source", "no/out"], "no such directory to put the output in; create it first"),
+        (["convert", "source", "source"], "already exists"),
+        (["verify", "nowhere"], "nowhere: no such directory"),
+        (["verify", "source", "--source", "nowhere"], "nowhere: no such directory"),
+        (["dequantize", "source", "out"], "config.json: no quantization_config; this is not a quantized checkpoint"),
+        (["dequantize", "nowhere", "out"], "no such directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_places(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = cli(*arguments)
+    equal(done.exit_code, 2, done.output)
+    has(done.stderr, "error: ", message)
+    equal(sorted(tmp_path.rglob("*")), before)
+
+
+def test_verify_names_every_finding(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    succeeds("convert", source, out)
+    name = "model.layers.1.mlp.shared_expert.up_proj.weight_scale"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name].view(torch.uint8)[0, 0] ^= 1
+    save_file(tensors, out / "model.safetensors")
+    for arguments, count in ((("verify", out), 1), (("verify", out, "--source", source), 2)):
+        done = cli(*arguments)
+        equal(done.exit_code, 1, done.output)
+        has(done.stdout, f"✗ {name}: ", f"{out}: {count} finding(s)")
+    has(cli("verify", source).stdout, "no quantization_config")
+    equal(cli("verify", source).exit_code, 1)
+
+
+def test_verify_prints_findings_as_they_are(tmp_path: Path, source: Path) -> None:
+    succeeds("convert", source, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight_scale_2"].fill_(torch.nan)
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    has(cli("verify", tmp_path / "out").stdout, "is [nan]; a scale is positive and finite")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_interrupted_half_way(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    before, quantized = sorted(tmp_path.rglob("*")), []
+
+    def fail(*arguments: Any) -> Any:
+        quantized.append(arguments)
+        if len(quantized) == 7:
+            true(list(tmp_path.glob(".out.*.partial/*.safetensors")), "writing has not begun")
+            raise error
+        return converting.quantize(arguments[0], arguments[1], amax=arguments[2])
+
+    monkeypatch.setattr(converting, "quantize_weight", fail)
+    true(cli("convert", source, tmp_path / "out").exit_code not in (0, None), "a failure that looks like success")
+    equal((len(quantized), sorted(tmp_path.rglob("*"))), (7, before))
+
+
+def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ShardWriter, name: str, tensor: torch.Tensor) -> str:
+        raise OSError(28, "No space left on device", str(tmp_path / "out"))
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(ShardWriter, "write", fail)
+    done = cli("convert", source, tmp_path / "out")
+    equal((done.exit_code, done.stderr.strip()), (2, f"error: {tmp_path / 'out'}: No space left on device"))
+    equal(sorted(tmp_path.rglob("*")), before)
+
+
+def test_hub_ids(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(model: str, allow_patterns: list[str]) -> str:
+        asked.append(model)
+        true(not any("bin" in pattern or "pt" in pattern for pattern in allow_patterns), f"pickles: {allow_patterns}")
+        if model != "somebody/model":
+            raise OSError("not there\nand much more")
+        return str(source)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    equal(hub.resolve("somebody/model"), source)
+    succeeds("convert", "somebody/model", tmp_path / "out")
+    done = cli("convert", "nobody/model", tmp_path / "out2")
+    equal(done.exit_code, 2)
+    has(done.stderr, "nobody/model: neither a directory here nor a model that can be fetched from the hub (not there)")
+    equal(asked, ["somebody/model", "somebody/model", "nobody/model"])
