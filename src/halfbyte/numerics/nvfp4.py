@@ -141,7 +141,7 @@ def _codes(blocks: Tensor, scale: Tensor, decode_scale: Tensor, u: Tensor | None
 def _four_over_six(
     blocks: Tensor, block_amax: Tensor, amax: Tensor, encode_scale: Tensor, decode_scale: Tensor, fmt: NVFP4
 ) -> tuple[Tensor, Tensor]:
-    base = (block_amax / 6.0) * encode_scale
+    base = (block_amax / _f32(6.0, block_amax)) * encode_scale
     candidates = []
     for base_scale in (base, 1.5 * base):  # the block's maximum becomes 6, or 4
         scale = e4m3.encode(_minimum(base_scale, E4M3_MAX))

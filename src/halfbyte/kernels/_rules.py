@@ -1,0 +1,210 @@
+"""From the pairs of a tile to its bytes and scales, for every NVFP4 format; shared by all quantizing kernels.
+
+`F` is the format itself, as a compile-time constant. Tiles are pairs `lo`, `hi` of [N, 8] (N blocks 1×16), or of
+[T, 16, N, 8] where F.block is (16, 16); S below is [N], or [T, 1, N]. `encode_scale`, `decode_scale` and `amax`
+are scalars or broadcast against S.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from ._maxima import reduce_max
+from ._primitives import (
+    FLT_MAX,
+    SIXTH,
+    e2m1_pair,
+    e2m1_stochastic_pair,
+    e2m1_value,
+    e2m1_values,
+    e4m3_round,
+    element_scale,
+    jit,
+    join8,
+    minimum,
+    philox_pairs,
+    round_to_kind,
+    split8,
+    words_of,
+)
+
+
+@jit
+def block_scales(
+    lo, hi, block_amax, valid, encode_scale, decode_scale, amax, F: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """→ the block scales as float32 E4M3 values, and the element scales e; both S.
+
+    block_amax: of each 1×16 block. valid: which rows exist, of lo's shape without the last dimension or broadcasting
+    against it; their elements are zero otherwise.
+    """
+    if F.block[0] == 16:
+        block_amax = reduce_max(block_amax, 1, NATIVE).expand_dims(1)  # [T, 1, N]
+    if F.scale_rule == "amax":
+        scale = e4m3_round(minimum(block_amax * (encode_scale * SIXTH), FLT_MAX))  # S
+        element = element_scale(scale, decode_scale, NATIVE)  # S
+    else:
+        scale, element = four_over_six(lo, hi, valid, block_amax, encode_scale, decode_scale, amax, F, NATIVE)
+    return scale, element
+
+
+@jit
+def encode(lo, hi, element, number, seed, offset, F: tl.constexpr, NATIVE: tl.constexpr):
+    """Packed bytes (uint8, lo's shape) of pairs; number: of each 1×16 block, int64, for stochastic rounding only."""
+    if F.rounding == "stochastic":
+        u_lo, u_hi = philox_pairs(number, seed, offset)
+        packed = e2m1_stochastic_pair(lo, hi, element.expand_dims(-1), u_lo, u_hi)
+    else:
+        packed = e2m1_pair(lo, hi, element.expand_dims(-1), False, NATIVE)
+    return packed
+
+
+@jit
+def store_elements(
+    out_ptr, block, offsets, mask, lo, hi, scale, element, encode_scale, decode_scale, number, seed, offset,
+    OUT: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Round the pairs and store them from 1×16 block `block` (scalar) of the output on, at the pairs' offsets.
+
+    number: of each 1×16 block, int64, for stochastic rounding only. OUT: "packed" bytes, or elements of the input's
+    dtype: the "decoded" value, or "exact", q·s without the tensor scale.
+    """
+    if OUT != "packed":
+        q_lo, q_hi = e2m1_values(encode(lo, hi, element, number, seed, offset, F, NATIVE))
+        if OUT == "decoded":
+            scale = scale * decode_scale
+        words = words_of(q_lo * scale.expand_dims(-1), q_hi * scale.expand_dims(-1), KIND, NATIVE)
+        if KIND == 2:
+            tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int64)) + offsets, words, mask=mask)
+        else:
+            tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int32)) + offsets, words, mask=mask)
+    elif NATIVE and KIND != 2 and F.rounding == "nearest" and len(encode_scale.shape) == 0:
+        # e is at least S_enc/448, a non-zero 16-bit element at least 2^-133: here x·e/2 stays above 2^-149.
+        # Each branch stores: bytes that leave a branch would leave it in a register each.
+        if encode_scale > 0.015625:
+            packed = e2m1_pair(lo, hi, element.expand_dims(-1), True, NATIVE)
+            tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
+        else:
+            packed = e2m1_pair(lo, hi, element.expand_dims(-1), False, NATIVE)
+            tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
+    else:
+        packed = encode(lo, hi, element, number, seed, offset, F, NATIVE)
+        tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
+
+
+@jit
+def four_over_six(lo, hi, valid, block_amax, encode_scale, decode_scale, amax, F: tl.constexpr, NATIVE: tl.constexpr):
+    """The better of mapping each block's maximum to 6 or to 4: (scale, element scale), S."""
+    base = tl.div_rn(block_amax, 6.0) * encode_scale
+    scale6 = e4m3_round(base)
+    scale4 = e4m3_round(1.5 * base)
+    element6 = element_scale(scale6, decode_scale, NATIVE)
+    element4 = element_scale(scale4, decode_scale, NATIVE)
+    if NATIVE and F.error_arithmetic == "exact" and len(amax.shape) == 0:
+        if (amax > 1e-30) & (amax < 1e30):  # nothing on the way to the error under- or overflows
+            pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, True)
+        else:
+            pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, False)
+    else:
+        pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, False)
+    return tl.where(pick4, scale4, scale6), tl.where(pick4, element4, element6)
+
+
+@jit
+def _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
+    error6 = block_error(lo, hi, valid, scale6, element6, encode_scale, amax, F, FAST)
+    error4 = block_error(lo, hi, valid, scale4, element4, encode_scale, amax, F, FAST)
+    return error4 < error6  # ties and NaN keep 6
+
+
+@jit
+def block_error(lo, hi, valid, scale, element, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
+    """Error of each block, S: over elements 0..15 in order; over 16 rows as a tree."""
+    t0, t2, t4, t6, t8, t10, t12, t14 = split8(_error_term(lo, scale, element, encode_scale, amax, F, FAST))
+    t1, t3, t5, t7, t9, t11, t13, t15 = split8(_error_term(hi, scale, element, encode_scale, amax, F, FAST))
+    total = ((((((((t0 + t1) + t2) + t3) + t4) + t5) + t6) + t7) + t8) + t9
+    total = (((((total + t10) + t11) + t12) + t13) + t14) + t15  # [N] or [T, 16, N]
+    if F.block[0] == 16:
+        total = tl.where(valid, total, 0.0)
+        T: tl.constexpr = total.shape[0]
+        N: tl.constexpr = total.shape[2]
+        # A sum of two has one order: the tree is exact whatever the layout.
+        total = tl.sum(total.reshape(T, 2, 8, N), 1)
+        total = tl.sum(total.reshape(T, 2, 4, N), 1)
+        total = tl.sum(total.reshape(T, 2, 2, N), 1)
+        total = tl.sum(total, 1).expand_dims(1)  # [T, 1, N]
+    return total
+
+
+@jit
+def _error_term(x, scale, element, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
+    """|d| or d·d of each element; the sign of x cancels."""
+    a = tl.abs(x)
+    product = e2m1_value(a * element.expand_dims(-1)) * scale.expand_dims(-1)  # exact
+    if F.error_arithmetic == "exact":
+        product = product * _last(amax)
+        if FAST:  # one Newton step gives the correctly rounded quotient: checked for every mantissa and every E
+            quotient = product * (1.0 / (6.0 * F.e4m3_max))
+            quotient = tl.fma(tl.fma(-quotient, 6.0 * F.e4m3_max, product), 1.0 / (6.0 * F.e4m3_max), quotient)
+        else:
+            quotient = tl.div_rn(product, 6.0 * F.e4m3_max)
+        d = quotient - a
+    else:
+        d = product - a * _last(encode_scale)
+    return tl.abs(d) if F.error == "mae" else d * d
+
+
+@jit
+def _last(x):
+    """A scalar as it is; a tensor with a last dimension of 1 appended."""
+    if len(x.shape) > 0:
+        x = x.expand_dims(-1)
+    return x
+
+
+@jit
+def _butterfly(a, b):
+    return a + b, a - b
+
+
+@jit
+def _hadamard8(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Three butterflies, strides 1, 2, 4."""
+    x0, x1 = _butterfly(x0, x1)
+    x2, x3 = _butterfly(x2, x3)
+    x4, x5 = _butterfly(x4, x5)
+    x6, x7 = _butterfly(x6, x7)
+    x0, x2 = _butterfly(x0, x2)
+    x1, x3 = _butterfly(x1, x3)
+    x4, x6 = _butterfly(x4, x6)
+    x5, x7 = _butterfly(x5, x7)
+    x0, x4 = _butterfly(x0, x4)
+    x1, x5 = _butterfly(x1, x5)
+    x2, x6 = _butterfly(x2, x6)
+    x3, x7 = _butterfly(x3, x7)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@jit
+def hadamard(lo, hi, KIND: tl.constexpr):
+    """The random Hadamard transform of [..., 8] pairs, rounded to the input's dtype."""
+    l0, l1, l2, l3, l4, l5, l6, l7 = split8(lo)
+    h0, h1, h2, h3, h4, h5, h6, h7 = split8(hi)
+    # diag(SIGNS) = + + | + - | + - | - - | - - | - + | - + | - -
+    l3, l4, l5, l6, l7 = -l3, -l4, -l5, -l6, -l7
+    h1, h2, h3, h4, h7 = -h1, -h2, -h3, -h4, -h7
+    l0, h0 = _butterfly(l0, h0)
+    l1, h1 = _butterfly(l1, h1)
+    l2, h2 = _butterfly(l2, h2)
+    l3, h3 = _butterfly(l3, h3)
+    l4, h4 = _butterfly(l4, h4)
+    l5, h5 = _butterfly(l5, h5)
+    l6, h6 = _butterfly(l6, h6)
+    l7, h7 = _butterfly(l7, h7)
+    l0, l1, l2, l3, l4, l5, l6, l7 = _hadamard8(l0, l1, l2, l3, l4, l5, l6, l7)
+    h0, h1, h2, h3, h4, h5, h6, h7 = _hadamard8(h0, h1, h2, h3, h4, h5, h6, h7)
+    lo = round_to_kind(join8(l0, l1, l2, l3, l4, l5, l6, l7) * 0.25, KIND)
+    hi = round_to_kind(join8(h0, h1, h2, h3, h4, h5, h6, h7) * 0.25, KIND)
+    return lo, hi

@@ -1,0 +1,43 @@
+"""What a device can do: the only file that asks."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (it decides that itself, when a kernel is decorated)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+INTERPRETING = _interpreting()
+"""True where kernels run on the CPU, in Triton's interpreter: for tests only."""
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device: an NVIDIA GPU from sm_80 on, or a CPU under the interpreter."""
+    if INTERPRETING:
+        return device.type == "cpu"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (8, 0)
+
+
+def native_level(device: torch.device) -> int:
+    """What inline PTX kernels may use; the portable twins give the same bytes.
+
+    0: none (interpreter). 1: sm_80. 2: sm_89, which converts to and from E4M3, and takes maxima of magnitudes.
+    """
+    if INTERPRETING:
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 2 if _capability(index) >= (8, 9) else 1

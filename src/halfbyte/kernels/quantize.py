@@ -1,0 +1,284 @@
+"""Quantize to NVFP4, 1×16 and 16×16 blocks, every rule, with A given or computed.
+
+Fewest bytes, for bf16: 2 read and 0.5 + 0.0625 written per element, with A known; 2 more read when A must be computed
+first (`row` scaling needs no second read: see `row.py`). The floor is those bytes over the copy bandwidth.
+
+1×16: a program takes BB consecutive blocks of a matrix, flat, whatever its shape; a thread owns whole blocks.
+16×16: a program takes 16 rows of NB blocks.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import NVFP4
+from . import _target, row, stacked
+from ._maxima import block_abs_max
+from ._primitives import e4m3_code, jit, tensor_scales
+from ._rules import block_scales, hadamard, store_elements
+from ._tiles import Matrices, as_matrices, load_blocks
+from .amax import amax as compute_amax
+
+BLOCKS, WARPS = 128, 2  # 1×16 blocks of a program, two a thread; the best of eight tilings tried on an H200
+ROW_LIMIT = 32768  # columns of a row that one program can hold
+
+
+@jit
+def quantize_tile(
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, p, start, blocks, blocks_per_row,
+    amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
+    BB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
+    F: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Blocks start … start + BB of matrix p (int64)."""
+    within = tl.arange(0, BB)  # [BB]
+    pairs = tl.arange(0, 8)  # [8]
+    block = start + within
+    mask = tl.full((BB,), True, tl.int1) if EVEN else block < blocks
+    first = p * blocks + start  # of the tile, in the whole tensor
+    if DENSE:
+        base = first * 16
+        offsets = within[:, None] * 8 + pairs[None, :]  # [BB, 8]
+    else:
+        base = p * stride_p
+        column = (block % blocks_per_row).to(tl.int64)
+        offsets = (block // blocks_per_row).to(tl.int64)[:, None] * stride_m
+        offsets += (column[:, None] * 8 + pairs[None, :]) * (2 * stride_k)
+    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND)  # [BB, 8]
+    if F.hadamard:
+        lo, hi = hadamard(lo, hi, KIND)
+    if F.scaling == "row":
+        row = (block // blocks_per_row).to(tl.int64)
+        amax = tl.load(amax_ptr + p * amax_stride_p + row * amax_stride_m, mask=mask, other=0.0)  # [BB]
+    else:
+        amax = tl.load(amax_ptr + p * amax_stride_p)
+    encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
+    block_amax = block_abs_max(words, lo, hi, KIND, DENSE and not F.hadamard, NATIVE)
+    scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [BB]
+    store_elements(
+        out_ptr, first, within[:, None] * 8 + pairs[None, :], mask[:, None], lo, hi, scale, element, encode_scale,
+        decode_scale, first_block + first + within, seed, offset, OUT, F, KIND, NATIVE,
+    )  # fmt: skip
+    if OUT == "packed":
+        tl.store(scale_ptr + first + within, e4m3_code(scale), mask=mask)
+        if F.scaling == "row":
+            head = mask & (block % blocks_per_row == 0)
+            index = p * (blocks // blocks_per_row) + row
+            tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
+            tl.store(amax_out_ptr + index, amax, mask=head)
+        elif start == 0:
+            tl.store(tensor_scale_ptr + p, decode_scale)
+            tl.store(amax_out_ptr + p, amax)
+
+
+@jit
+def _quantize_1x16(
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
+    blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
+    seed: tl.int64, offset: tl.int64, first_block: tl.int64,
+    BB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr, REVERSE: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if REVERSE:  # what the amax kernel read last is still in the L2 cache
+        pid = tl.num_programs(0) - 1 - pid
+    p = tl.zeros((), tl.int64) if SINGLE else (pid // tiles).to(tl.int64)
+    start = pid * BB if SINGLE else pid % tiles * BB
+    quantize_tile(
+        x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, p, start, blocks, blocks_per_row,
+        amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
+        BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
+    )  # fmt: skip
+
+
+@jit
+def _quantize_16x16(
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
+    rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
+    seed: tl.int64, offset: tl.int64, first_block: tl.int64,
+    NB: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if REVERSE:
+        pid = tl.num_programs(0) - 1 - pid
+    if SINGLE:
+        p = tl.zeros((), tl.int64)
+        row_tile = pid // column_tiles
+    else:
+        p = (pid // (row_tiles * column_tiles)).to(tl.int64)
+        row_tile = pid // column_tiles % row_tiles
+    row0 = row_tile * (16 * T)
+    column0 = pid % column_tiles * NB
+    local_row = tl.arange(0, T)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None]  # [T, 16, 1]
+    local_column = tl.arange(0, NB)[None, None, :]  # [1, 1, NB]
+    if EVEN:
+        mask = tl.full((T, 16, NB), True, tl.int1)
+    else:
+        mask = (row0 + local_row < rows) & (column0 + local_column < blocks_per_row)
+    pairs = tl.arange(0, 8)[None, None, None, :]
+    if DENSE:
+        base = ((p * rows + row0) * blocks_per_row + column0) * 16
+        offsets = (local_row * blocks_per_row + local_column)[:, :, :, None] * 8 + pairs  # [T, 16, NB, 8]
+    else:
+        base = p * stride_p + row0.to(tl.int64) * stride_m + column0.to(tl.int64) * 16 * stride_k
+        offsets = local_row.to(tl.int64)[:, :, :, None] * stride_m
+        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
+    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, :, None], stride_k, DENSE, KIND)
+    if F.hadamard:
+        lo, hi = hadamard(lo, hi, KIND)
+    amax = tl.load(amax_ptr + p * amax_stride_p)
+    encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
+    first = (p * rows + row0) * blocks_per_row + column0
+    local = local_row * blocks_per_row + local_column  # [T, 16, NB]
+    number = first_block + first + local
+    block_amax = block_abs_max(words, lo, hi, KIND, DENSE and not F.hadamard, NATIVE)
+    scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [T, 1, NB]
+    store_elements(
+        out_ptr, first, local[:, :, :, None] * 8 + pairs, mask[:, :, :, None], lo, hi, scale, element, encode_scale,
+        decode_scale, number, seed, offset, OUT, F, KIND, NATIVE,
+    )  # fmt: skip
+    if OUT == "packed":
+        tl.store(scale_ptr + first + local, tl.broadcast_to(e4m3_code(scale), (T, 16, NB)), mask=mask)
+        if (row0 == 0) & (column0 == 0):
+            tl.store(tensor_scale_ptr + p, decode_scale)
+            tl.store(amax_out_ptr + p, amax)
+
+
+def quantize(
+    x: Tensor,
+    fmt: NVFP4,
+    *,
+    amax: Tensor | None = None,
+    per_matrix: bool = False,
+    rng: tuple[int, int] | None = None,
+    first_block: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(packed, block_scale, tensor_scale, amax); arguments and bytes as `halfbyte.numerics.nvfp4.quantize`.
+
+    Launches: one with amax given or row scaling, else a fill, the maximum, and the quantization; a fill and one for
+    many contiguous matrices. Nothing synchronises.
+    """
+    shape = x.shape
+    m = as_matrices(x, per_matrix)
+    per_scale = shape[:-1] if fmt.scaling == "row" else shape[:-2] if per_matrix else torch.Size(())
+    device = x.device
+    out = (
+        torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=device),
+        torch.empty((*shape[:-1], shape[-1] // 16), dtype=torch.float8_e4m3fn, device=device),
+        torch.empty(per_scale, dtype=torch.float32, device=device),
+        torch.empty(per_scale, dtype=torch.float32, device=device),
+    )
+    if x.numel() == 0:
+        _scales_only(amax, per_scale, out[2], out[3], fmt)
+    else:
+        dispatch(m, fmt, amax, out, rng, first_block, "packed")
+    return out
+
+
+def dispatch(
+    m: Matrices,
+    fmt: NVFP4,
+    amax: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    rng: tuple[int, int] | None,
+    first_block: int,
+    mode: str,
+) -> None:
+    """Choose the kernels for a non-empty input. mode "packed" fills out; the others fill out[0] with values."""
+    seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
+    if amax is not None:
+        launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
+    elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
+        row.quantize_into(m, fmt, *out, mode)
+    elif m.matrices > 1 and m.dense and fmt.scaling == "tensor" and fmt.block == (1, 16) and mode == "packed":
+        stacked.quantize_into(m, fmt, out, seed, offset, first_block)
+    else:
+        launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
+
+
+def launch(
+    m: Matrices,
+    fmt: NVFP4,
+    amax: Tensor,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    reverse: bool,
+    seed: int,
+    offset: int,
+    first_block: int,
+    mode: str = "packed",
+) -> None:
+    """Quantize with a known amax: one value, or one per matrix or row."""
+    packed, scale, tensor_scale, amax_out = out
+    shared = amax.dim() == 0 or amax.numel() == 1
+    if not shared:
+        amax = amax.contiguous()
+    blocks_per_row = m.columns // 16
+    native = _target.native_level(m.x.device)
+    if fmt.block == (1, 16):
+        blocks = m.rows * blocks_per_row
+        bb = BLOCKS
+        tiles = triton.cdiv(blocks, bb)
+        per_row = fmt.scaling == "row"
+        _quantize_1x16[(tiles * m.matrices,)](
+            m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, blocks, blocks_per_row, tiles,
+            0 if shared else m.rows if per_row else 1, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k,
+            seed, offset, first_block,
+            BB=bb, EVEN=blocks % bb == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
+            KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+        return
+    nb, t = 16, 1
+    row_tiles, column_tiles = triton.cdiv(m.rows, 16 * t), triton.cdiv(blocks_per_row, nb)
+    _quantize_16x16[(row_tiles * column_tiles * m.matrices,)](
+        m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, m.rows, blocks_per_row,
+        row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k, seed, offset, first_block,
+        NB=nb, T=t, EVEN=m.rows % (16 * t) == 0 and blocks_per_row % nb == 0,
+        SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@jit
+def _scales(
+    amax_ptr, amax_stride, tensor_scale_ptr, amax_out_ptr, count, B: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr
+):
+    i = tl.program_id(0) * B + tl.arange(0, B)  # [B]
+    amax = tl.load(amax_ptr + i * amax_stride, mask=i < count, other=0.0)
+    tl.store(amax_out_ptr + i, amax, mask=i < count)
+    tl.store(tensor_scale_ptr + i, tensor_scales(amax, F.e4m3_max, NATIVE)[1], mask=i < count)
+
+
+def _scales_only(
+    amax: Tensor | None, per_scale: torch.Size, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4
+) -> None:
+    """The tensor scales of an input without elements."""
+    count = math.prod(per_scale)
+    if count:
+        amax = tensor_scale.new_zeros(()) if amax is None else amax.contiguous()
+        _scales[(triton.cdiv(count, 128),)](
+            amax,
+            0 if amax.numel() == 1 else 1,
+            tensor_scale,
+            amax_out,
+            count,
+            B=128,
+            F=fmt,
+            NATIVE=_target.native_level(tensor_scale.device),
+            enable_fp_fusion=False,
+        )
+
+
+def signed(word: int) -> int:
+    """A 64-bit word as the int64 with its bits."""
+    word &= 0xFFFFFFFFFFFFFFFF
+    return word - (1 << 64) if word >> 63 else word

@@ -1,0 +1,296 @@
+"""The Triton kernels against the contract, byte for byte.
+
+On a GPU these run natively (mark gpu). Without one they run in Triton's interpreter, in a process of its own that
+`test_triton_interpreter.py` starts. The contract is always evaluated on the CPU.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from halfbyte.formats import NVFP4
+from halfbyte.kernels import _target, dequantize, fake_quantize, mxfp8, quantize, row, stacked, swizzle, transposed
+from halfbyte.numerics import mxfp8 as mxfp8_numerics
+from halfbyte.numerics import nvfp4
+
+from ..check import equal, same_bits, true
+
+INTERPRETING = _target.INTERPRETING
+DEVICE = "cpu" if INTERPRETING else "cuda"
+RUNS = INTERPRETING or (torch.cuda.is_available() and _target.runs_on(torch.device("cuda")))
+pytestmark = [
+    *([] if INTERPRETING else [pytest.mark.gpu]),
+    pytest.mark.skipif(not RUNS, reason="needs an NVIDIA GPU from sm_80 on, or Triton's interpreter"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RNG = (12345678901234567890, (1 << 40) + 7)
+ERRORS = [("mae", "exact", 256), ("mse", "exact", 448), ("mae", "fp16", 320), ("mse", "fp16", 288)]
+FORMATS = [
+    *(
+        NVFP4(block=block, hadamard=hadamard, rounding=rounding)
+        for block in ((1, 16), (16, 16))
+        for hadamard in (False, True)
+        for rounding in ("nearest", "stochastic")
+    ),
+    NVFP4(e4m3_max=288),
+    *(
+        NVFP4(block=block, scale_rule="four_over_six", error=error, error_arithmetic=arithmetic, e4m3_max=e)
+        for block in ((1, 16), (16, 16))
+        for error, arithmetic, e in ERRORS
+    ),
+    NVFP4(scale_rule="four_over_six", hadamard=True),
+    NVFP4(scaling="row"),
+    NVFP4(scaling="row", scale_rule="four_over_six"),
+    NVFP4(scaling="row", hadamard=True, rounding="stochastic"),
+]
+KINDS = ("randn", "bits", "finite", "nan", "wide", "tie", "zero", "tiny", "huge", "constant")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives bytes 0xAA, so that what a kernel forgets to write shows."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        result = empty(*args, **kwargs)
+        if result.numel():
+            result.view(-1).view(torch.uint8).fill_(0xAA)
+        return result
+
+    for module in (quantize, mxfp8, dequantize, fake_quantize, transposed, swizzle, stacked, row):
+        monkeypatch.setattr(module.torch, "empty", poisoned)
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """make(kind, dtype, shape): an input on the CPU."""
+    g = torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+    def bits(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        raw = torch.randint(-(2**31), 2**31 - 1, shape, generator=g, dtype=torch.int64).to(torch.int32)
+        return raw.view(torch.float32) if dtype == torch.float32 else raw.to(torch.int16).view(dtype)
+
+    def build(kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        x = torch.randn(shape, generator=g)
+        if kind in ("bits", "finite"):
+            x = bits(dtype, shape)
+            return torch.where(x.isfinite(), x, -0.0) if kind == "finite" else x
+        if kind == "nan":
+            x[0, 3], x[-1, -1] = float("nan"), float("inf")
+        elif kind == "wide":
+            x = x * torch.exp(8 * torch.randn(shape, generator=g))
+        elif kind == "tie":
+            x = torch.randint(-28, 29, shape, generator=g) * 0.25
+        elif kind == "zero":
+            x = torch.zeros(shape)
+        elif kind == "tiny":
+            x = x * 1e-38
+        elif kind == "huge":
+            x = x * (torch.finfo(dtype).max / 8)
+        elif kind == "constant":
+            x = torch.full(shape, -1.7)
+        return x.to(dtype)
+
+    return build
+
+
+def check(actual: Any, expected: Any, what: str) -> None:
+    for name, a, e in zip(("packed", "block_scale", "tensor_scale", "amax"), actual, expected, strict=True):
+        (equal if a.is_floating_point() and a.element_size() > 1 else same_bits)(a.cpu(), e, f"{what}: {name}")
+
+
+def random_words(fmt: NVFP4) -> tuple[int, int] | None:
+    return RNG if fmt.rounding == "stochastic" else None
+
+
+def kinds_for(fmt: NVFP4) -> Iterator[str]:
+    """The transform's overflow, and what it makes of NaN, is outside the contract."""
+    return (kind for kind in KINDS if not (fmt.hadamard and kind in ("bits", "finite", "nan", "huge")))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_quantize_equals_the_contract(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+    shape = (19, 32) if INTERPRETING else (83, 1040)
+    for i, kind in enumerate(kinds_for(fmt)):
+        if INTERPRETING and fmt != NVFP4() and (i + FORMATS.index(fmt)) % 2:
+            continue  # half of the inputs for each format: the interpreter is slow
+        for dtype in (DTYPES[i % 3],) if INTERPRETING else DTYPES:
+            x = make(kind, dtype, shape)
+            given: list[Tensor | None] = [None, torch.tensor(2.5)]
+            for amax in given if i < 3 else given[:1]:
+                wanted = nvfp4.quantize(x, fmt, amax=amax, rng=random_words(fmt), first_block=5)
+                on_device = None if amax is None else amax.to(DEVICE)
+                got = quantize.quantize(x.to(DEVICE), fmt, amax=on_device, rng=random_words(fmt), first_block=5)
+                check(got, wanted, f"{kind} {dtype} amax={amax}")
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:1] if INTERPRETING else FORMATS, ids=str)
+def test_any_strides_without_a_copy(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+    for dtype, kind in (
+        (torch.bfloat16, "tiny"),
+        (torch.bfloat16, "wide"),
+        (torch.float16, "wide"),
+        (DTYPES[2], "wide"),
+    ):
+        base = make(kind, dtype, (48, 80))
+        for view in (base.mT[:, :48], base[3:40:2, 16:64], base[:, ::2][:, :32], base.view(4, 12, 80).mT[:, :, :0]):
+            wanted = nvfp4.quantize(view, fmt, rng=random_words(fmt))
+            moved = base.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
+            check(quantize.quantize(moved, fmt, rng=random_words(fmt)), wanted, f"{dtype} {view.stride()}")
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_stacked_matrices(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+    x = make("wide", torch.bfloat16, (3, 20, 32) if INTERPRETING else (5, 83, 96))
+    if fmt.scaling == "row":
+        given = x.abs().amax(-1).float() * 0.7
+    else:
+        given = torch.linspace(0.5, 5, x.shape[0])
+    for amax in (None, given):
+        wanted = nvfp4.quantize(x, fmt, amax=amax, per_matrix=True, rng=random_words(fmt))
+        on_device = None if amax is None else amax.to(DEVICE)
+        got = quantize.quantize(x.to(DEVICE), fmt, amax=on_device, per_matrix=True, rng=random_words(fmt))
+        check(got, wanted, f"amax={amax is not None}")
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 4, 16), (2, 0, 16)], ids=str)
+def test_empty_inputs(shape: tuple[int, ...]) -> None:
+    for fmt in (NVFP4(), NVFP4(scaling="row"), NVFP4(block=(16, 16))):
+        for per_matrix in (False, True):
+            x = torch.zeros(shape)
+            wanted = nvfp4.quantize(x, fmt, per_matrix=per_matrix)
+            check(quantize.quantize(x.to(DEVICE), fmt, per_matrix=per_matrix), wanted, str(fmt))
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [NVFP4(), NVFP4(hadamard=True), NVFP4(scale_rule="four_over_six"), NVFP4(hadamard=True, rounding="stochastic")],
+    ids=str,
+)
+def test_transposed_with_rowwise(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+    for dtype in DTYPES:
+        for kind in ("randn", "nan", "finite"):
+            if fmt.hadamard and kind != "randn":
+                continue
+            x = make(kind, dtype, (32, 48) if INTERPRETING else (112, 1040))
+            on_device = x.to(DEVICE)
+            columns, rows = transposed.quantize(on_device, fmt, rng=random_words(fmt), first_block=3, rowwise=NVFP4())
+            check(columns, nvfp4.quantize(x.mT, fmt, rng=random_words(fmt), first_block=3), f"columns {kind} {dtype}")
+            check(rows, nvfp4.quantize(x, NVFP4()), f"rows {kind} {dtype}")
+            alone, nothing = transposed.quantize(on_device, fmt, rng=random_words(fmt))
+            true(nothing is None, "no row-wise result was asked for")
+            check(alone, nvfp4.quantize(x.mT, fmt, rng=random_words(fmt)), f"alone {kind} {dtype}")
+
+
+def test_transposed_stack(make: Callable[..., Tensor]) -> None:
+    x = make("wide", torch.bfloat16, (3, 32, 48))
+    columns, rows = transposed.quantize(x.to(DEVICE), NVFP4(), rowwise=NVFP4())
+    check(columns, nvfp4.quantize(x.mT, NVFP4(), per_matrix=True), "columns")
+    check(rows, nvfp4.quantize(x, NVFP4(), per_matrix=True), "rows")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mxfp8(kind: str, make: Callable[..., Tensor]) -> None:
+    for dtype in DTYPES:
+        x = make(kind, dtype, (9, 96) if INTERPRETING else (83, 1056))
+        elements, scale = mxfp8.quantize(x.to(DEVICE))
+        wanted = mxfp8_numerics.quantize(x)
+        same_bits(elements.cpu(), wanted[0], f"elements {dtype}")
+        same_bits(scale.cpu(), wanted[1], f"scale {dtype}")
+        for out in DTYPES:
+            equal(mxfp8.dequantize(elements, scale, out).cpu(), mxfp8_numerics.dequantize(*wanted).to(out), f"{out}")
+    strided = make(kind, torch.bfloat16, (64, 40)).mT
+    same_bits(mxfp8.quantize(strided.to(DEVICE))[0].cpu(), mxfp8_numerics.quantize(strided)[0], "transposed")
+
+
+@pytest.mark.parametrize("kind", ["bits", "wide", "nan"])
+def test_dequantize(kind: str, make: Callable[..., Tensor]) -> None:
+    for fmt, per_matrix in ((NVFP4(), False), (NVFP4(scaling="row"), False), (NVFP4(), True)):
+        q = nvfp4.quantize(make(kind, torch.float32, (3, 21, 48)), fmt, per_matrix=per_matrix)
+        packed, scale, tensor_scale = (t.to(DEVICE) for t in q[:3])
+        for dtype in DTYPES:
+            wanted = nvfp4.dequantize(*q[:3]).to(dtype)
+            equal(dequantize.dequantize(packed, scale, tensor_scale, dtype).cpu(), wanted, f"{fmt} {dtype}")
+            wanted = nvfp4.decode_without_tensor_scale(*q[:2]).to(dtype)
+            equal(dequantize.decode_without_tensor_scale(packed, scale, dtype).cpu(), wanted, f"exact {dtype}")
+
+
+def test_dequantize_decodes_every_code_and_scale() -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)  # each row: every byte, under one scale
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous().view(torch.float8_e4m3fn)
+    got = dequantize.decode_without_tensor_scale(packed.to(DEVICE), scale.to(DEVICE), torch.bfloat16)
+    equal(got.cpu(), nvfp4.decode_without_tensor_scale(packed, scale).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "fmt", [NVFP4(), NVFP4(block=(16, 16)), NVFP4(scaling="row"), NVFP4(scale_rule="four_over_six")], ids=str
+)
+def test_fake_quantize(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+    for dtype in DTYPES:
+        for kind in ("wide", "nan"):
+            x = make(kind, dtype, (21, 48))
+            q = nvfp4.quantize(x, fmt)
+            equal(fake_quantize.fake_quantize(x.to(DEVICE), fmt).cpu(), nvfp4.dequantize(*q[:3]).to(dtype), "decoded")
+            wanted = nvfp4.decode_without_tensor_scale(*q[:2]).to(dtype)
+            equal(fake_quantize.fake_quantize_exact(x.to(DEVICE), fmt).cpu(), wanted, "exact")
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (130, 7), (1, 1), (0, 4), (257, 12)], ids=str)
+def test_swizzle(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    scale = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    padded = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=torch.uint8)
+    padded[:rows, :columns] = scale
+    tiles = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 4, 4).permute(0, 2, 1, 3)
+    wanted = tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1)  # torchao's to_blocked
+    tiled = swizzle.swizzle(scale.to(DEVICE))
+    same_bits(tiled.cpu(), wanted)
+    same_bits(swizzle.unswizzle(tiled, rows, columns).cpu(), scale)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="too many elements for the interpreter")
+def test_every_bfloat16_under_many_scales() -> None:
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = patterns[patterns.isfinite()]
+    order = torch.Generator().manual_seed(0)
+    for amax in (None, 1e-30, 0.37, 6.0, 448.0, 3e5, 1e20, 3e38):
+        for _ in range(8):
+            x = finite[torch.randperm(finite.numel(), generator=order)]
+            x = x if amax is None else torch.where(x.abs() > 4 * amax, x * 0, x)
+            x = x.view(-1, 32)
+            a = None if amax is None else torch.tensor(amax)
+            wanted = nvfp4.quantize(x, NVFP4(), amax=a)
+            got = quantize.quantize(x.to(DEVICE), NVFP4(), amax=None if a is None else a.to(DEVICE))
+            check(got, wanted, f"amax={amax}")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="a row of 32,768 columns")
+@pytest.mark.parametrize("columns", [16, 4112, 14336, 32768, 65536])
+def test_rows_of_many_lengths(columns: int, make: Callable[..., Tensor]) -> None:
+    for fmt in (NVFP4(scaling="row"), NVFP4(scaling="row", scale_rule="four_over_six")):
+        x = make("wide", torch.bfloat16, (5, columns))
+        check(quantize.quantize(x.to(DEVICE), fmt), nvfp4.quantize(x, fmt), f"{columns}")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="CUDA only")
+def test_graph_capture_and_beyond_2_31_elements() -> None:
+    x = torch.randn(512, 512, device=DEVICE, dtype=torch.bfloat16)
+    wanted = nvfp4.quantize(x.cpu(), NVFP4())
+    quantize.quantize(x, NVFP4())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = quantize.quantize(x, NVFP4())
+    graph.replay()
+    check(got, wanted, "graph")
+    big = torch.zeros(65537, 32768, device=DEVICE, dtype=torch.bfloat16)  # 2^31 + 2^15 elements
+    big[-16:] = torch.randn(16, 32768, device=DEVICE, dtype=torch.bfloat16)
+    tail = nvfp4.quantize(big[-16:].cpu(), NVFP4())
+    got = quantize.quantize(big, NVFP4())
+    same_bits(got[0][-16:].cpu(), tail.packed)
+    same_bits(got[1][-16:].cpu(), tail.block_scale)
