@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -119,8 +118,3 @@ def print_plan(console: Console, plan: Plan, options: Options) -> None:
     totals = Counter((name if item.decision.quantize else "kept", item.decision.reason) for item in plan)
     lines = [Text(f"{count:6}  {state}: {reason}") for (state, reason), count in totals.items()]
     console.print(Group(table, *lines, Text("Nothing was written.")))
-
-
-def print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
-    """One after the other."""
-    console.print(Group(*lines))
