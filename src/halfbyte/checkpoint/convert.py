@@ -265,8 +265,11 @@ def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
 
 
 def _squared_norm(matrix: Tensor) -> float:
-    """Sum of squares: a row in float32, which its length allows, the rows in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
+    """Sum of squares, of float32 values from the least to the largest."""
+    norms = torch.linalg.vector_norm(matrix, dim=-1).double()
+    if not 1e-12 < float(norms.amax()) < 1e18:  # the squares may have left float32's range
+        norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
+    return float(norms.square().sum())
 
 
 def _ratio(squared_error: float, squared_norm: float) -> float:
