@@ -15,9 +15,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halfbyte.formats import NVFP4
-from halfbyte.kernels import _target, dequantize, fake_quantize, mxfp8, quantize, row, stacked, swizzle, transposed
+from halfbyte.kernels import _target, dequantize, fake_quantize, mxfp8, quantize, swizzle, transposed
 from halfbyte.numerics import mxfp8 as mxfp8_numerics
 from halfbyte.numerics import nvfp4
+from halfbyte.numerics import swizzle as swizzle_numerics
 
 from ..check import equal, same_bits, true
 
@@ -63,8 +64,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             result.view(-1).view(torch.uint8).fill_(0xAA)
         return result
 
-    for module in (quantize, mxfp8, dequantize, fake_quantize, transposed, swizzle, stacked, row):
-        monkeypatch.setattr(module.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture
@@ -218,13 +218,13 @@ def test_dequantize(kind: str, make: Callable[..., Tensor]) -> None:
             wanted = nvfp4.dequantize(*q[:3]).to(dtype)
             equal(dequantize.dequantize(packed, scale, tensor_scale, dtype).cpu(), wanted, f"{fmt} {dtype}")
             wanted = nvfp4.decode_without_tensor_scale(*q[:2]).to(dtype)
-            equal(dequantize.decode_without_tensor_scale(packed, scale, dtype).cpu(), wanted, f"exact {dtype}")
+            equal(dequantize.dequantize(packed, scale, None, dtype).cpu(), wanted, f"exact {dtype}")
 
 
 def test_dequantize_decodes_every_code_and_scale() -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)  # each row: every byte, under one scale
     scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous().view(torch.float8_e4m3fn)
-    got = dequantize.decode_without_tensor_scale(packed.to(DEVICE), scale.to(DEVICE), torch.bfloat16)
+    got = dequantize.dequantize(packed.to(DEVICE), scale.to(DEVICE), None, torch.bfloat16)
     equal(got.cpu(), nvfp4.decode_without_tensor_scale(packed, scale).bfloat16())
 
 
@@ -236,22 +236,24 @@ def test_fake_quantize(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
         for kind in ("wide", "nan"):
             x = make(kind, dtype, (21, 48))
             q = nvfp4.quantize(x, fmt)
-            equal(fake_quantize.fake_quantize(x.to(DEVICE), fmt).cpu(), nvfp4.dequantize(*q[:3]).to(dtype), "decoded")
-            wanted = nvfp4.decode_without_tensor_scale(*q[:2]).to(dtype)
-            equal(fake_quantize.fake_quantize_exact(x.to(DEVICE), fmt).cpu(), wanted, "exact")
+            decoded, tensor_scale = fake_quantize.fake_quantize(x.to(DEVICE), fmt)
+            equal(decoded.cpu(), nvfp4.dequantize(*q[:3]).to(dtype), "decoded")
+            equal(tensor_scale.cpu(), q.tensor_scale, "tensor scale")
+            exact, tensor_scale = fake_quantize.fake_quantize(x.to(DEVICE), fmt, unscaled=True)
+            equal(exact.cpu(), nvfp4.decode_without_tensor_scale(*q[:2]).to(dtype), "exact")
+            equal(tensor_scale.cpu(), q.tensor_scale, "tensor scale")
+    _, tensor_scale = fake_quantize.fake_quantize(torch.zeros((0, 32), device=DEVICE), fmt)
+    equal(tensor_scale.cpu(), nvfp4.quantize(torch.zeros(0, 32), fmt).tensor_scale)
 
 
-@pytest.mark.parametrize("shape", [(128, 4), (130, 7), (1, 1), (0, 4), (257, 12)], ids=str)
-def test_swizzle(shape: tuple[int, int]) -> None:
-    rows, columns = shape
+@pytest.mark.parametrize("shape", [(128, 4), (130, 7), (1, 1), (0, 4), (257, 12), (3, 130, 5), (2, 0, 4)], ids=str)
+def test_swizzle(shape: tuple[int, ...]) -> None:
     scale = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    padded = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=torch.uint8)
-    padded[:rows, :columns] = scale
-    tiles = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 4, 4).permute(0, 2, 1, 3)
-    wanted = tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1)  # torchao's to_blocked
-    tiled = swizzle.swizzle(scale.to(DEVICE))
-    same_bits(tiled.cpu(), wanted)
-    same_bits(swizzle.unswizzle(tiled, rows, columns).cpu(), scale)
+    swizzled = swizzle.swizzle(scale.to(DEVICE))
+    same_bits(swizzled.cpu(), swizzle_numerics.swizzle(scale))
+    same_bits(swizzle.unswizzle(swizzled, *shape[-2:]).cpu(), scale)
+    strided = swizzle.swizzle(scale.to(DEVICE).mT)
+    same_bits(strided.cpu(), swizzle_numerics.swizzle(scale.mT))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="too many elements for the interpreter")

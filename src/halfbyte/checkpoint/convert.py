@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..formats import NVFP4, Format
-from ..tensor import QuantizedTensor, quantize
+from ..functional import quantize
+from ..tensor import QuantizedTensor
 from .config import Quantization, hf_quant_config, quantization_config
 from .manifest import write_manifest
 from .plan import Options, Plan, Planned, make_plan

@@ -11,8 +11,6 @@ first (`row` scaling needs no second read: see `row.py`). The floor is those byt
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -68,14 +66,14 @@ def quantize_tile(
     )  # fmt: skip
     if OUT == "packed":
         tl.store(scale_ptr + first + within, e4m3_code(scale), mask=mask)
-        if F.scaling == "row":
-            head = mask & (block % blocks_per_row == 0)
-            index = p * (blocks // blocks_per_row) + row
-            tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
-            tl.store(amax_out_ptr + index, amax, mask=head)
-        elif start == 0:
-            tl.store(tensor_scale_ptr + p, decode_scale)
-            tl.store(amax_out_ptr + p, amax)
+    if F.scaling == "row":
+        head = mask & (block % blocks_per_row == 0)
+        index = p * (blocks // blocks_per_row) + row
+        tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
+        tl.store(amax_out_ptr + index, amax, mask=head)
+    elif start == 0:
+        tl.store(tensor_scale_ptr + p, decode_scale)
+        tl.store(amax_out_ptr + p, amax)
 
 
 @jit
@@ -148,9 +146,9 @@ def _quantize_16x16(
     )  # fmt: skip
     if OUT == "packed":
         tl.store(scale_ptr + first + local, tl.broadcast_to(e4m3_code(scale), (T, 16, NB)), mask=mask)
-        if (row0 == 0) & (column0 == 0):
-            tl.store(tensor_scale_ptr + p, decode_scale)
-            tl.store(amax_out_ptr + p, amax)
+    if (row0 == 0) & (column0 == 0):
+        tl.store(tensor_scale_ptr + p, decode_scale)
+        tl.store(amax_out_ptr + p, amax)
 
 
 def quantize(
@@ -178,7 +176,7 @@ def quantize(
         torch.empty(per_scale, dtype=torch.float32, device=device),
     )
     if x.numel() == 0:
-        _scales_only(amax, per_scale, out[2], out[3], fmt)
+        scales_only(amax, out[2], out[3], fmt)
     else:
         dispatch(m, fmt, amax, out, rng, first_block, "packed")
     return out
@@ -193,7 +191,7 @@ def dispatch(
     first_block: int,
     mode: str,
 ) -> None:
-    """Choose the kernels for a non-empty input. mode "packed" fills out; the others fill out[0] with values."""
+    """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     if amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
@@ -258,11 +256,9 @@ def _scales(
     tl.store(tensor_scale_ptr + i, tensor_scales(amax, F.e4m3_max, NATIVE)[1], mask=i < count)
 
 
-def _scales_only(
-    amax: Tensor | None, per_scale: torch.Size, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4
-) -> None:
+def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4) -> None:
     """The tensor scales of an input without elements."""
-    count = math.prod(per_scale)
+    count = tensor_scale.numel()
     if count:
         amax = tensor_scale.new_zeros(()) if amax is None else amax.contiguous()
         _scales[(triton.cdiv(count, 128),)](
