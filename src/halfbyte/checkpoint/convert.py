@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import CheckpointError
 from ..formats import NVFP4, Format
 from ..functional import quantize
@@ -56,10 +57,11 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did."""
+    """What a conversion did; `impl` is the implementation that quantized: "cpu", "triton" or "reference"."""
 
     output: Path
     options: Options
+    impl: str
     weights: tuple[WeightReport, ...]
     source_bytes: int
     output_bytes: int
@@ -132,6 +134,7 @@ def convert(
     return Report(
         output=output,
         options=options,
+        impl=ops.pick("auto", torch.device(device)),
         weights=tuple(weights),
         source_bytes=checkpoint.nbytes,
         output_bytes=sum(sizes.values()),

@@ -45,6 +45,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "output": str(report.output),
         "format": format_to_json(report.options.format),
         "layout": report.options.layout,
+        "impl": report.impl,
         "source_bytes": report.source_bytes,
         "output_bytes": report.output_bytes,
         "bits_per_weight": report.bits_per_weight,
@@ -66,7 +67,8 @@ def print_report(console: Console, report: Report) -> None:
     console.print(
         Text(str(report.output), style="bold"),
         f" {format_name(report.options.format)}, {report.options.layout} layout: "
-        f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s",
+        f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s "
+        f"with impl={report.impl!r}",
     )
     console.print(
         f"{len(report.weights)} weights at {report.bits_per_weight:.3f} bits each, {report.kept} tensors kept, "
