@@ -210,7 +210,8 @@ def _checked(
     check_rounding(fmt, rng, first_block, f"{prefix}rng")
     if per_matrix and x.dim() < 2:
         raise ShapeError(f"a matrix needs at least 2 dimensions; {name} has shape {tuple(x.shape)}: use {name}[None]")
+    x = x.detach() if x.requires_grad else x
     if amax is None:
-        return x.detach(), None
+        return x, None
     check_amax(amax, x, nvfp4.amax_shape(x.shape, fmt, per_matrix), f"{prefix}amax")
-    return x.detach(), amax.detach()
+    return x, amax.detach() if amax.requires_grad else amax

@@ -30,7 +30,7 @@ def check_amax(amax: Tensor, x: Tensor, wanted: torch.Size, name: str = "amax") 
     """Raise ShapeError unless amax is float32 of the wanted shape, or (), beside x."""
     if not isinstance(amax, Tensor):
         raise ShapeError(f"{name} is {type(amax).__name__}; needs a float32 tensor: torch.tensor({amax!r})")
-    if amax.dtype != torch.float32 or amax.shape not in (torch.Size(()), wanted):
+    if amax.dtype != torch.float32 or (amax.dim() and amax.shape != wanted):
         raise ShapeError(
             f"{name} is {amax.dtype} of shape {tuple(amax.shape)}; "
             f"needs torch.float32 of shape {tuple(wanted)}, or one value of shape ()"
