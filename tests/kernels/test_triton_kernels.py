@@ -256,6 +256,71 @@ def test_swizzle(shape: tuple[int, ...]) -> None:
     same_bits(strided.cpu(), swizzle_numerics.swizzle(scale.mT))
 
 
+@pytest.mark.parametrize("error", ["mae", "mse"])
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
+def test_four_over_six_on_the_brink(error: Any, block: Any) -> None:
+    """Blocks of which half is multiplied by the last factor that keeps the choice, and by the next float."""
+    g = torch.Generator().manual_seed(7)
+    square = block == (16, 16)
+    rows, columns = (16, 24) if square else (48 if INTERPRETING else 512, 1)
+    for amax in (1e-13, 5.5, 30.0) if INTERPRETING else (1e-31, 1e-13, 1e-3, 0.37, 5.5, 30.0, 1e13, 1e29):
+        for e4m3_max in (256,) if INTERPRETING else (256, 448):
+            fmt = NVFP4(scale_rule="four_over_six", error=error, e4m3_max=e4m3_max, block=block)
+            a = torch.tensor(amax)
+            base = torch.randn(rows, columns, 16, generator=g).clamp(-2.1, 2.1) * (amax / 4)
+            base[..., 15] = 0.55 * amax
+            base = base[:1].repeat(rows, 1, 1) if square else base  # sums of many unlike rows all choose the same
+
+            def wanted(factor: Tensor, fmt: NVFP4 = fmt, a: Tensor = a, base: Tensor = base) -> tuple[Tensor, Any]:
+                x = torch.cat((base[..., :8] * factor[..., None], base[..., 8:]), -1).flatten(1)
+                return x, nvfp4.quantize(x, fmt, amax=a)
+
+            def scale(factor: Tensor) -> Tensor:
+                return wanted(factor)[1].block_scale.view(torch.uint8)[: len(factor)]
+
+            low = torch.full((1 if square else rows, columns), 0.3)
+            high = torch.ones_like(low)
+            first = scale(low)
+            if 1e-12 < amax < 1e12:
+                true((scale(high) != first).any(), "some blocks have a brink")
+            for _ in range(24):
+                bits = (low.view(torch.int32) + high.view(torch.int32)) // 2
+                middle = bits.view(torch.float32)
+                same = scale(middle) == first
+                low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+            for factor in (low, high):
+                x, expected = wanted(factor)
+                got = quantize.quantize(x.to(DEVICE), fmt, amax=a.to(DEVICE))
+                check(got, expected, f"amax={amax} E={e4m3_max}")
+
+
+@pytest.mark.parametrize("error", ["mae", "mse"])
+def test_four_over_six_under_any_amax(error: Any, make: Callable[..., Tensor]) -> None:
+    for block in ((1, 16), (16, 16)):
+        fmt = NVFP4(scale_rule="four_over_six", error=error, block=block)
+        for i, exponent in enumerate(range(-38, 39, 19 if INTERPRETING else 2)):
+            a = torch.tensor(10.0**exponent)
+            for factor in (0.1, 0.5, 3.0):  # of the largest elements: A may be too small, and far too large
+                x = make("randn", DTYPES[i % 3], (19, 32) if INTERPRETING else (83, 1040)).float() * (a * factor)
+                x = x.clamp(-torch.finfo(DTYPES[i % 3]).max, torch.finfo(DTYPES[i % 3]).max).to(DTYPES[i % 3])
+                x[3, :16] = x[3, :16] * 1e-4
+                check(quantize.quantize(x.to(DEVICE), fmt, amax=a.to(DEVICE)), nvfp4.quantize(x, fmt, amax=a), f"{a}")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="16 million elements")
+def test_four_over_six_of_a_large_matrix(make: Callable[..., Tensor]) -> None:
+    """Programs that take several tiles, and a last one that is not full."""
+    fmt = NVFP4(scale_rule="four_over_six")
+    x = make("randn", torch.bfloat16, (4101, 4096 + 16))
+    x[::17, 5] = float("nan")
+    a = torch.tensor(4.0)
+    got = quantize.quantize(x.to(DEVICE), fmt, amax=a.to(DEVICE))
+    for part in (slice(0, 64), slice(-64, None)):
+        wanted = nvfp4.quantize(x[part], fmt, amax=a)
+        same_bits(got[0][part].cpu(), wanted.packed)
+        same_bits(got[1][part].cpu(), wanted.block_scale)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="too many elements for the interpreter")
 def test_every_bfloat16_under_many_scales() -> None:
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

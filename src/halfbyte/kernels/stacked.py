@@ -54,6 +54,7 @@ def _quantize(
             pass
         quantize.quantize_tile(
             x_ptr, out_ptr, scale_ptr, state_ptr.to(tl.pointer_type(tl.float32)), tensor_scale_ptr, amax_out_ptr,
+            None, None, None,
             matrix.to(tl.int64), (tile - amax_tiles) * BB, blocks, blocks_per_row, 1, 0, 0, 0, 1,
             seed, offset, first_block, BB, EVEN, True, KIND, "packed", F, NATIVE,
         )  # fmt: skip
@@ -65,7 +66,7 @@ def quantize_into(
     """A fill and one launch; see `quantize.quantize`. m is dense and not empty."""
     packed, scale, tensor_scale, amax_out = out
     state = torch.zeros(2 * m.matrices + 1, dtype=torch.int32, device=m.x.device)
-    bb = BLOCKS if fmt.scale_rule == "amax" and not fmt.hadamard and fmt.rounding == "nearest" else 128
+    bb = BLOCKS if not fmt.hadamard and fmt.rounding == "nearest" else 128
     blocks = m.rows * m.columns // 16
     amax_tiles, tiles = triton.cdiv(blocks, AMAX_BLOCKS * AMAX_STEPS), triton.cdiv(blocks, bb)
     _quantize[((m.matrices + 1) * (amax_tiles + tiles),)](
