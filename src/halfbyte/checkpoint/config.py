@@ -57,7 +57,7 @@ class Quantization:
             return self.groups[0].format
         if module in self._exact:
             return self._exact[module]
-        found = (g for g in self.groups if excluded_by_compressed_tensors(module, (), g.targets))
+        found = (g for g in self.groups if excluded_by_compressed_tensors(module, (module,), g.targets))
         return next((group.format for group in found), None)
 
     @cached_property
@@ -206,7 +206,7 @@ def _read_modelopt(found: dict[str, Any], where: str) -> tuple[tuple[Group, ...]
     layers = found.get("quantized_layers")
     if not isinstance(layers, dict) or not layers:
         raise CheckpointError(f"{where}: MIXED_PRECISION needs quantized_layers, a mapping of modules")
-    modules: dict[str, list[str]] = {}
+    modules: dict[Any, list[str]] = {}
     for module, entry in layers.items():
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
         if algorithm not in _ALGORITHMS:
