@@ -19,7 +19,7 @@ BUILTIN: dict[str, Options] = {
     "mxfp8": Options(MXFP8()),
     "nvfp4": Options(NVFP4(), activations="calibrated"),
     "nvfp4-4over6": Options(NVFP4(scale_rule="four_over_six", error="mse")),
-    "nvfp4-experts-search-kv-fp8": Options(SEARCH, policy=Policy(only="experts"), **CAST),  # type: ignore[arg-type]
+    "nvfp4-experts-search-kv-fp8": Options(SEARCH, policy=Policy(only="routed_experts"), **CAST),  # type: ignore[arg-type]
     "nvfp4-gptq": Options(SEARCH, activations="calibrated"),
     "nvfp4-mlp-search-kv-fp8": Options(SEARCH, policy=Policy(only="mlp"), **CAST),  # type: ignore[arg-type]
     "nvfp4-search": Options(SEARCH),

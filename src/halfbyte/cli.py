@@ -60,7 +60,7 @@ def convert(
         int | None, typer.Option(help="E: 256, 288, 320 or 448. Default: 448; four_over_six: 256.")
     ] = None,
     error_arithmetic: Annotated[str | None, typer.Option(help="exact (default) or fp16, for four_over_six.")] = None,
-    only: Annotated[str, typer.Option(help="all, experts or mlp: which Linear weights.")] = "all",
+    only: Annotated[str, typer.Option(help="all, mlp, experts or routed_experts: which Linear weights.")] = "all",
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Leave alone: a glob over the tensor's name, or a dotted part of it. Repeatable."),

@@ -28,12 +28,14 @@ class Document:
         name: of the file, as errors name it.
         data: its values.
         lines: line of each key and list item.
+        text: as it stands in the file; empty where it was made from another.
         given: keys that `--set` changed, with the option as it was written.
     """
 
     name: str
     data: Any
     lines: dict[Key, int]
+    text: str = ""
     given: dict[Key, str] = field(default_factory=dict)
 
     def error(self, key: Key, message: str) -> FormatError:
