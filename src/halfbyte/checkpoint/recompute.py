@@ -20,6 +20,9 @@ from .plan import Plan, Planned, make_plan
 from .shards import Checkpoint, companions
 from .verify import Contents, Finding, Progress, open_quantized
 
+_INPUT_SCALES = frozenset({"input_scale", "input_global_scale"})
+_KV_SCALES = frozenset({"k_scale", "v_scale"})
+
 
 def verify_source(
     directory: Path, source_directory: Path, device: str = "cpu", progress: Progress = lambda done: None
@@ -56,9 +59,22 @@ def _options_as_found(contents: Contents) -> Options:
     return Options(
         format=NVFP4() if nvfp4 else q.groups[0].format,
         layout=q.layout,
-        kv_cache="fp8" if q.kv_cache else "none",
-        activations="constant" if q.activations else "none",
+        kv_cache=("fp8_calibrated" if _differ(contents, _KV_SCALES) else "fp8") if q.kv_cache else "none",
+        activations=("calibrated" if _differ(contents, _INPUT_SCALES) else "constant") if q.activations else "none",
     )
+
+
+def _differ(contents: Contents, leaves: frozenset[str]) -> bool:
+    """Whether any scale of these names is not 1.0: then it was measured."""
+    found = contents.checkpoint
+    scales = (tensor for tensor in found.tensors if tensor.rpartition(".")[2] in leaves)
+    return any(bool((found.read(tensor) != 1.0).any()) for tensor in scales)
+
+
+def _measured(options: Options) -> frozenset[str]:
+    """Names of the scales that come from data; the source cannot tell what they should be."""
+    inputs = _INPUT_SCALES if options.activations == "calibrated" else frozenset()
+    return inputs | (_KV_SCALES if options.kv_cache == "fp8_calibrated" else frozenset())
 
 
 def _formats(contents: Contents, options: Options) -> dict[str, Format]:
@@ -100,9 +116,12 @@ def _bytes(
                 progress(item.nbytes)
         except HalfbyteError as error:
             yield Finding(group[0].name.full, str(error))
+    measured = _measured(options)
+    unseen -= {tensor for tensor in unseen if tensor.rpartition(".")[2] in measured}  # by structure they are right
     for tensor, data in kv_scales(plan, options).items():
         unseen.discard(tensor)
-        yield from _compare(found, tensor, data, None)
+        if tensor.rpartition(".")[2] not in measured:
+            yield from _compare(found, tensor, data, None)
     for tensor in sorted(unseen):
         yield Finding(tensor, "is not in what the source gives")
 
