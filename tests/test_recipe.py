@@ -198,3 +198,13 @@ def test_not_found(tmp_path: Path) -> None:
     equal(refused(str(tmp_path / "a.yaml")), f"recipe {tmp_path / 'a.yaml'}: no such file")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     true("cannot be read" in refused(str(tmp_path / "b.yaml")), "reads it")
+
+
+def test_the_documentation(tmp_path: Path) -> None:
+    """Its table lists all that ship, and its example has every key."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name, recipe in builtin_recipes().items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        equal(row.endswith("| yes |"), recipe.needs_data, name)
+    example = load_recipe(written(tmp_path, text.split("```yaml\n")[1].split("```")[0]))
+    equal(example.model_fields_set, set(type(example).model_fields))
