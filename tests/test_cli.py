@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
     return models.moe(shared="shared_expert").save(tmp_path / "source", 2)
 
 
-@pytest.mark.parametrize("command", ["convert", "verify", "dequantize", "demo"])
+@pytest.mark.parametrize("command", ["convert", "recipes", "verify", "dequantize", "demo"])
 def test_help_has_examples(command: str) -> None:
     has(succeeds(command, "--help"), "Example", f"halfbyte {command}")
 
@@ -162,7 +162,7 @@ def test_constant_activations_come_with_a_warning(tmp_path: Path, source: Path) 
         (["--e4m3-max", "300"], "--e4m3-max 300: choose one of 256, 288, 320, 448"),
         (["--format", "mxfp8", "--e4m3-max", "256"], "--e4m3-max: MXFP8 has one rule and nothing to choose"),
         (["--format", "mxfp8", "--activations", "constant"], "leave activations out"),
-        (["--only", "moe"], "only='moe': choose one of 'all', 'experts', 'mlp'"),
+        (["--only", "moe"], "only='moe': choose one of 'all', 'mlp', 'experts', 'routed_experts'"),
         (["--kv-cache", "int8"], "kv_cache='int8': choose one of none, fp8"),
         (["--activations", "dynamic"], "activations='dynamic': choose one of none, constant"),
         (["--ignore", "layers.7"], "--ignore layers.7 matches no tensor; see `--dry-run` for their names"),
@@ -291,3 +291,67 @@ def test_hub_ids(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) 
     equal(done.exit_code, 2)
     has(done.stderr, "nobody/model: neither a directory here nor a model that can be fetched from the hub (not there)")
     equal(asked, ["somebody/model", "somebody/model", "nobody/model"])
+
+
+def test_recipes() -> None:
+    text = succeeds("recipes")
+    has(
+        text,
+        "nvfp4-search",
+        "mixed-mxfp8-attention-nvfp4-experts",
+        "needs data",
+        "NVFP4 1×16, four_over_six (mse), E = 256",
+    )
+    rows = parsed("recipes")["recipes"]
+    equal({row["name"] for row in rows if not row["needs_data"]} >= {"mxfp8", "nvfp4-search", "nvfp4-w4a16"}, True)
+    has(succeeds("recipes", "nvfp4-gptq"), "description:", "method: gptq")
+    equal(parsed("recipes", "nvfp4-gptq")["algorithm"]["method"], "gptq")
+    equal(parsed("recipes", "nvfp4-gpt", code=2)["error"], "recipe nvfp4-gpt: not found; did you mean nvfp4-gptq?")
+
+
+def test_convert_by_recipe(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    report = parsed(
+        "convert", source, out, "--recipe", "nvfp4-4over6", "--set", "kv_cache=fp8", "--set", "policy.only=mlp"
+    )
+    equal((report["recipe"], report["format"]["scale_rule"]), ("nvfp4-4over6", "four_over_six"))
+    equal(json.loads((out / "halfbyte.json").read_text())["recipe"]["kv_cache"], "fp8")
+    equal(parsed("verify", out, "--source", source), {"ok": True, "findings": []})
+    mixed = "mixed-mxfp8-attention-nvfp4-experts"
+    plan = parsed("convert", source, tmp_path / "b", "--recipe", mixed, "--layout", "compressed-tensors", "--dry-run")
+    becomes = {
+        row["becomes"] for row in plan["tensors"] if "self_attn" in row["tensor"] and "norm" not in row["tensor"]
+    }
+    equal((becomes, plan["layout"]), ({"mxfp8"}, "compressed-tensors"))
+
+
+def test_convert_searches(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    text = succeeds("convert", source, out, "--scale-rule", "search", "--error", "mae", "--only", "routed_experts")
+    has(text, "search (mae), E = 448", "weights searched 24 of 24, unequal fused scales 0")
+    has(succeeds("verify", out, "--source", source), "every byte is what its source gives")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "nvfp4"), "activations: calibrated needs calibration data: use `halfbyte calibrate"),
+        (("--recipe", "nvfp4-gptq"), "algorithm.method: gptq needs calibration data"),
+        (("--recipe", "nvfp4-serch"), "did you mean nvfp4-search?"),
+        (("--recipe", "no/such.yaml"), "recipe no/such.yaml: no such file"),
+        (("--recipe", "mxfp8", "--format", "mxfp8"), "--recipe mxfp8 and --format: the recipe says that"),
+        (("--recipe", "mxfp8", "--scale-rule", "amax", "--only", "all"), "mxfp8 and --scale-rule, --only: the recipe"),
+        (("--recipe", "mxfp8", "--ignore", "lm_head", "--kv-cache", "none"), "mxfp8 and --ignore, --kv-cache: "),
+        (("--set", "kv_cache=fp8"), "--set kv_cache=fp8: changes a recipe's key; give --recipe as well"),
+        (("--recipe", "mxfp8", "--set", "kvcache=fp8"), "kvcache: unknown key; did you mean kv_cache?"),
+        (("--recipe", "nvfp4-w4a16", "--set", "policy.ignore=[layers]"), "nothing to quantize under these options"),
+        (("--recipe", "mxfp8", "--layout", "gguf"), "layout='gguf': choose one of modelopt, compressed-tensors"),
+        (("--scale-rule", "search", "--error", "hessian"), "error='hessian' needs calibration data"),
+        (("--activations", "calibrated"), "activations='calibrated' needs calibration data"),
+    ],
+)  # fmt: skip
+def test_bad_recipes(tmp_path: Path, source: Path, options: tuple[str, ...], message: str) -> None:
+    done = cli("convert", source, tmp_path / "out", *options)
+    equal(done.exit_code, 2, done.output)
+    true(message in done.stderr.replace("\n", " "), f"{message!r} is not in {done.stderr!r}")
+    true(not (tmp_path / "out").exists(), "something was written")

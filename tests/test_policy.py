@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from halfbyte import FormatError, Policy, names
+from halfbyte import MXFP8, FormatError, Policy, names
+from halfbyte.policy import FormatOverride
 
 from .check import equal, true
 
@@ -149,7 +150,7 @@ def test_unmatched() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"only": "moe"}, "only='moe': choose one of 'all', 'experts', 'mlp'"),
+        ({"only": "moe"}, "only='moe': choose one of 'all', 'mlp', 'experts', 'routed_experts'"),
         ({"num_layers_at_start_in_bf16": -1}, "num_layers_at_start_in_bf16=-1: must not be negative"),
         ({"num_layers_at_end_in_bf16": -2}, "num_layers_at_end_in_bf16=-2: must not be negative"),
     ],
@@ -160,7 +161,7 @@ def test_refuses(values: dict, message: str) -> None:
 
 
 def test_json_round_trip() -> None:
-    policy = Policy("mlp", ("a",), ("b", "c"), 1, 2, ("d",), ("e",), True)
+    policy = Policy("mlp", ("a",), ("b", "c"), 1, 2, ("d",), ("e",), True, ("f",))
     equal(set(policy.to_json()), {field.name for field in dataclasses.fields(Policy)})
     equal(Policy.from_json(policy.to_json()), policy)
     equal(Policy.from_json({}), Policy())
@@ -180,3 +181,30 @@ def test_json_round_trip() -> None:
 def test_from_json_refuses(data: dict, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         Policy.from_json(data)
+
+
+def test_routed_experts() -> None:
+    """Shared experts are experts too, but no token is routed to them."""
+    shared = "model.layers.0.mlp.shared_expert.up_proj.weight"
+    for only, wanted in (
+        ("mlp", [True] * 3),
+        ("experts", [False, True, True]),
+        ("routed_experts", [False, False, True]),
+    ):
+        policy = Policy(only=only)
+        equal([selects(policy, name) for name in (DENSE.format(0), shared, EXPERT.format(0))], wanted)
+
+
+def test_ignore_if_present() -> None:
+    policy = Policy(ignore_if_present=("*visual*", "layers.0"))
+    equal(decide(policy, DENSE.format(0)), (False, "ignored: layers.0"))
+    equal(selects(policy, DENSE.format(1)), True)
+    equal(policy.unmatched([names.parse(DENSE.format(0), LAYERS)]), [])
+
+
+def test_overrides_select_by_pattern_or_kind() -> None:
+    override = FormatOverride(MXFP8(), ("layers.3", "*.o_proj"), ("experts",))
+    chosen = [name for name in (DENSE, ATTENTION, EXPERT) if override.selects(names.parse(name.format(1), LAYERS))]
+    equal(chosen, [EXPERT])
+    true(override.selects(names.parse(DENSE.format(3), LAYERS)), "by a dotted part")
+    true(override.selects(names.parse("model.layers.1.self_attn.o_proj.weight", LAYERS)), "by a glob")

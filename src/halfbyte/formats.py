@@ -21,9 +21,9 @@ FLT_MAX = 3.4028234663852886e38
 E4M3_MAX_CHOICES = (256, 288, 320, 448)
 HADAMARD_SIZE = 16
 
-ScaleRule = Literal["amax", "four_over_six"]
+ScaleRule = Literal["amax", "four_over_six", "search"]
 Scaling = Literal["tensor", "row"]
-ErrorMeasure = Literal["mae", "mse"]
+ErrorMeasure = Literal["mae", "mse", "hessian"]
 ErrorArithmetic = Literal["exact", "fp16"]
 Rounding = Literal["nearest", "stochastic"]
 
@@ -40,11 +40,12 @@ class NVFP4:
     Attributes:
         block: elements that share one block scale: (1, 16) along the last dimension, or (16, 16).
         scaling: what shares one float32 scale: the whole "tensor", or each "row".
-        scale_rule: how a block's scale is chosen: "amax" (the standard), or "four_over_six" (the better of
-            mapping the block's maximum to 6 or to 4).
+        scale_rule: how a block's scale is chosen: "amax" (the standard), "four_over_six" (the better of mapping the
+            block's maximum to 6 or to 4), or "search" (the best of all E4M3 scales).
         hadamard: apply the 16-point random Hadamard transform before quantizing; it is not undone on decode.
         rounding: of elements: "nearest" (ties to even) or "stochastic" (needs `rng=` when quantizing).
-        error: what "four_over_six" minimises: "mae" (default) or "mse". None for "amax".
+        error: what the rule minimises: "mae" (default of "four_over_six"), "mse" (default of "search") or, for "search"
+            only, "hessian", the error of the layer's output (needs `hessian=` when quantizing). None for "amax".
         e4m3_max: E, the E4M3 value that the largest block maps to: 256, 288, 320 or 448.
             Default: 448, and 256 for "four_over_six".
         error_arithmetic: arithmetic of the "four_over_six" error: "exact" float32, or "fp16" products.
@@ -68,17 +69,23 @@ class NVFP4:
         if any(type(side) is not int for side in self.block):
             raise FormatError(f"block={self.block!r}: its sides are integers")
         _choose("scaling", self.scaling, ("tensor", "row"))
-        _choose("scale_rule", self.scale_rule, ("amax", "four_over_six"))
+        _choose("scale_rule", self.scale_rule, ("amax", "four_over_six", "search"))
         _choose("hadamard", self.hadamard, (False, True))
         _choose("rounding", self.rounding, ("nearest", "stochastic"))
         _choose("error_arithmetic", self.error_arithmetic, ("exact", "fp16"))
         if self.scale_rule == "amax":
             if self.error is not None or self.error_arithmetic != "exact":
                 raise FormatError("scale_rule='amax' measures no error: leave error and error_arithmetic out")
-        else:
+        elif self.scale_rule == "four_over_six":
             if self.error is None:
                 object.__setattr__(self, "error", "mae")
             _choose("error", self.error, ("mae", "mse"))
+        else:
+            if self.error is None:
+                object.__setattr__(self, "error", "mse")
+            _choose("error", self.error, ("mae", "mse", "hessian"))
+            if self.error_arithmetic != "exact":
+                raise FormatError("scale_rule='search' has one arithmetic of errors: leave error_arithmetic out")
         if self.e4m3_max is None:
             object.__setattr__(self, "e4m3_max", 256 if self.scale_rule == "four_over_six" else 448)
         _choose("e4m3_max", self.e4m3_max, E4M3_MAX_CHOICES)

@@ -28,6 +28,8 @@ def quantize(
     per_matrix: bool = False,
     rng: Words = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
     swizzle: bool = False,
 ) -> QuantizedTensor:
     """Quantize x to fmt along its last dimension; `quantize(x.mT, fmt)` is what others call column-wise.
@@ -44,11 +46,15 @@ def quantize(
         rng: (seed, offset) for stochastic rounding, 64 bits each; required for it and refused otherwise.
         first_block: for stochastic rounding, the row-major index of x's first 1×16 block in the tensor that it is a
             part of, so that parts round like the whole.
+        importance: for scale_rule="search" with error "mse" or "mae": float32 (K,), finite and not negative, the
+            weight of each column's error.
+        hessian: for error="hessian", required: float32 (K/16, 16, 16), for each 16 columns a symmetric positive
+            semidefinite H, such as the mean of activations' outer products; the block's error is dᵀ·H·d.
         swizzle: give block scales in the order that Blackwell's matmul reads; see `QuantizedTensor.swizzle`.
 
     Raises:
         ShapeError: dtype, shape or amax does not fit.
-        FormatError: rng is missing or has no use; impl or an MXFP8 argument is unknown.
+        FormatError: rng, importance or hessian is missing or has no use; impl or an MXFP8 argument is unknown.
         UnsupportedError: impl cannot run here.
 
     Numerics: NaN gives NaN block scales, never an exception.
@@ -59,10 +65,16 @@ def quantize(
     if isinstance(fmt, MXFP8):
         if amax is not None or per_matrix or rng is not None or first_block:
             raise FormatError("MXFP8 has no tensor scale and rounds to nearest: leave amax, per_matrix and rng out")
+        if importance is not None or hessian is not None:
+            raise FormatError("MXFP8 has one rule for its scales: leave importance and hessian out")
         q = QuantizedTensor(*ops.quantize_mxfp8(x, fmt, impl=impl), None, None, fmt)
     else:
-        options = {"per_matrix": per_matrix, "rng": rng, "first_block": first_block}
-        q = QuantizedTensor(*ops.quantize_nvfp4(x, fmt, impl=impl, amax=amax, **options), fmt)  # type: ignore[arg-type]
+        q = QuantizedTensor(
+            *ops.quantize_nvfp4(
+                x, fmt, impl=impl, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block,
+                importance=importance, hessian=hessian,
+            ), fmt,
+        )  # fmt: skip
     return q.swizzle(per_matrix, impl=impl) if swizzle else q
 
 

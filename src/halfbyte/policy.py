@@ -5,14 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import names
 from .errors import FormatError
-from .names import Name
+from .formats import Format
+from .names import Kind, Name
 
-Only = Literal["all", "experts", "mlp"]
-_ONLY_KINDS = {"experts": ("experts",), "mlp": ("experts", "mlp")}
+Only = Literal["all", "mlp", "experts", "routed_experts"]
+_ONLY_KINDS = {"mlp": ("experts", "mlp"), "experts": ("experts",), "routed_experts": ("experts",)}
 _NEVER = {
     "router": "router",
     "embedding": "embedding",
@@ -38,7 +39,7 @@ class Policy:
     """Which Linear weights are quantized. The default is all of the decoder's.
 
     Attributes:
-        only: restrict to "experts" (routed and shared) or "mlp" (those and dense MLPs).
+        only: restrict to "routed_experts", "experts" (those and shared ones) or "mlp" (those and dense MLPs).
         ignore: patterns to leave in high precision: a glob over the module's or tensor's whole name, or a dotted part
             of it ("self_attn", "layers.0", "lm_head").
         include: patterns, likewise, to quantize although the default leaves them (lm_head, a vision tower, a router);
@@ -47,6 +48,7 @@ class Policy:
         extra_high_precision_layers_hf: substrings of the Hugging Face tensor name to leave in high precision.
         extra_high_precision_layers_megatron: substrings of the Megatron-Core name to leave in high precision.
         include_mtp: quantize the attention, experts and MLPs of multi-token-prediction layers too.
+        ignore_if_present: as ignore, but may match nothing; for recipes that suit many models.
     """
 
     only: Only = "all"
@@ -57,10 +59,13 @@ class Policy:
     extra_high_precision_layers_hf: tuple[str, ...] = ()
     extra_high_precision_layers_megatron: tuple[str, ...] = ()
     include_mtp: bool = False
+    ignore_if_present: tuple[str, ...] = ()
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # where a recipe holds one
 
     def __post_init__(self) -> None:
         if self.only not in ("all", *_ONLY_KINDS):
-            raise FormatError(f"only={self.only!r}: choose one of 'all', 'experts', 'mlp'")
+            raise FormatError(f"only={self.only!r}: choose one of 'all', 'mlp', 'experts', 'routed_experts'")
         for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             if getattr(self, field) < 0:
                 raise FormatError(f"{field}={getattr(self, field)}: must not be negative")
@@ -69,7 +74,13 @@ class Policy:
 
     @classmethod
     def _patterns(cls) -> tuple[str, ...]:
-        return ("ignore", "include", "extra_high_precision_layers_hf", "extra_high_precision_layers_megatron")
+        return (
+            "ignore",
+            "ignore_if_present",
+            "include",
+            "extra_high_precision_layers_hf",
+            "extra_high_precision_layers_megatron",
+        )
 
     def decide(self, name: Name, decoder_layers: int) -> Decision:
         """Decide on a Linear-shaped weight (2-D, called `….weight`).
@@ -79,6 +90,9 @@ class Policy:
         for pattern in self.ignore:
             if matches(pattern, name):
                 return Decision(False, f"--ignore {pattern}")
+        for pattern in self.ignore_if_present:
+            if matches(pattern, name):
+                return Decision(False, f"ignored: {pattern}")
         for text in self.extra_high_precision_layers_hf:
             if text in name.full:
                 return Decision(False, f"--extra-high-precision-layers-hf {text}")
@@ -104,7 +118,8 @@ class Policy:
                 return Decision(False, f"among the first {self.num_layers_at_start_in_bf16} layers")
             if name.layer >= decoder_layers - self.num_layers_at_end_in_bf16:
                 return Decision(False, f"among the last {self.num_layers_at_end_in_bf16} layers")
-        if self.only != "all" and name.kind not in _ONLY_KINDS[self.only]:
+        shared = self.only == "routed_experts" and name.expert is None
+        if self.only != "all" and (name.kind not in _ONLY_KINDS[self.only] or shared):
             return Decision(False, f"--only {self.only}")
         return Decision(True, f"decoder {name.kind}" if name.tower == "decoder" else f"MTP {name.kind}")
 
@@ -147,6 +162,25 @@ class Policy:
                 raise FormatError(f"policy: {key} must be {type(default).__name__}; got {value!r}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class FormatOverride:
+    """Another format for some of the weights that are quantized.
+
+    Attributes:
+        format: theirs.
+        match: patterns, as in `Policy`.
+        kinds: what the weights are for; either selects.
+    """
+
+    format: Format
+    match: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+
+    def selects(self, name: Name) -> bool:
+        """Whether a weight gets this format, unless an earlier override selects it."""
+        return name.kind in self.kinds or any(matches(pattern, name) for pattern in self.match)
 
 
 def matches(pattern: str, name: Name) -> bool:

@@ -336,3 +336,26 @@ def test_weight_arguments_in_the_config(tmp_path: Path, layout: Any, key: str) -
         lambda data: data["quantization_config"]["config_groups"]["group_0"]["weights"].update(change),
     )
     named(structure(out) + against(source, out), "config.json", key)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("state", ["regenerated", "deleted"])
+def test_measured_scales_are_not_held_against_the_source(tmp_path: Path, layout: str, state: str) -> None:
+    """Nobody knows what they should be; still they must be there, positive, and one for a fused layer."""
+    source, out = make(tmp_path, layout=layout, activations="constant", kv_cache="fp8")
+    names = [name for name in models.read_all(out) if name.endswith(("input_scale", "input_global_scale", "k_scale"))]
+    true(len(names) == 2 * 8, str(names))
+    for name in names:
+        edit(out, name, lambda t: t * 0.75)
+    true(any("bytes differ" in str(finding) for finding in verify_source(out, source)), "constant scales may differ")
+    record = {"activations": "calibrated", "kv_cache": "fp8_calibrated"}
+    edit_json(out, "halfbyte.json", lambda data: data.update(record, sha256=digests(out)))
+    if state == "deleted":
+        (out / "halfbyte.json").unlink()
+    equal([str(finding) for finding in (*verify_structure(out), *verify_source(out, source))], [])
+    edit(out, names[-1], lambda t: -t)
+    true(any("a scale is positive and finite" in str(finding) for finding in verify_structure(out)), "negative")
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {name: tensor_digest(tensor) for name, tensor in models.read_all(out).items()}

@@ -1,4 +1,4 @@
-"""NVFP4: scales and codes by the rules `amax` and `four_over_six`, and back.
+"""NVFP4: scales and codes by every rule, and back.
 
 Every line with arithmetic is one float32 rounding of `docs/numerics.md`, in its order; scalars are float32 tensors
 so that no double creeps in.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import E2M1_MAX, E4M3_MAX, FLT_MAX, NVFP4
-from . import e2m1, e4m3, hadamard, philox
+from . import e2m1, e4m3, hadamard, philox, search, tiles
 
 COLUMNS = 16
 
@@ -33,6 +33,8 @@ def quantize(
     per_matrix: bool = False,
     rng: tuple[int, int] | None = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> Encoded:
     """Quantize x (…, K), K % 16 == 0, float32/bfloat16/float16. Arguments as in `halfbyte.quantize`."""
     shape = x.shape
@@ -49,6 +51,9 @@ def quantize(
     if fmt.scale_rule == "amax":
         scale = e4m3.encode(_minimum(block_amax * (encode_scale * _f32(1 / 6, x)), FLT_MAX))
         codes = _codes(blocks, scale, decode_scale, _uniform(blocks, fmt, rng, first_block))
+    elif fmt.scale_rule == "search":
+        scale = search.best_scales(blocks, block_amax, encode_scale, decode_scale, fmt, importance, hessian)
+        codes = _codes(blocks, scale, decode_scale)
     else:
         scale, codes = _four_over_six(blocks, block_amax, a, encode_scale, decode_scale, fmt)
 
@@ -114,20 +119,8 @@ def _block_amax(blocks: Tensor, fmt: NVFP4) -> Tensor:
     row_amax = blocks.abs().amax(-1, keepdim=True)
     if fmt.block == (1, 16):
         return row_amax
-    tiles = _tile_rows(row_amax)  # [P, T, 16, B, 1]
-    return _untile_rows(tiles.amax(2, keepdim=True).expand_as(tiles), blocks.shape[1])
-
-
-def _tile_rows(x: Tensor) -> Tensor:
-    """[P, M, …] → [P, ceil(M/16), 16, …]; missing rows are zero."""
-    missing = -x.shape[1] % 16
-    padded = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
-    tiles: Tensor = padded.unflatten(1, (-1, 16))
-    return tiles
-
-
-def _untile_rows(tiles: Tensor, rows: int) -> Tensor:
-    return tiles.flatten(1, 2)[:, :rows]
+    tiled = tiles.tile_rows(row_amax)  # [P, T, 16, B, 1]
+    return tiles.untile_rows(tiled.amax(2, keepdim=True).expand_as(tiled), blocks.shape[1])
 
 
 def _codes(blocks: Tensor, scale: Tensor, decode_scale: Tensor, u: Tensor | None = None) -> Tensor:
@@ -165,16 +158,7 @@ def _error(blocks: Tensor, codes: Tensor, scale: Tensor, amax: Tensor, encode_sc
     total = torch.zeros_like(terms[..., :1])
     for i in range(COLUMNS):  # the order of the sum is part of the contract
         total = total + terms[..., i : i + 1]
-    return total if fmt.block == (1, 16) else _sum_tile_rows(total)
-
-
-def _sum_tile_rows(row_error: Tensor) -> Tensor:
-    """[P, M, B, 1] → the same, each 16 rows replaced by their sum, added as a tree: i + (i+8), then 4, 2, 1."""
-    tiles = _tile_rows(row_error)
-    total = tiles
-    for half in (8, 4, 2, 1):
-        total = total[:, :, :half] + total[:, :, half : 2 * half]
-    return _untile_rows(total.expand_as(tiles), row_error.shape[1])
+    return total if fmt.block == (1, 16) else tiles.sum_tile_rows(total)
 
 
 def _uniform(blocks: Tensor, fmt: NVFP4, rng: tuple[int, int] | None, first_block: int) -> Tensor | None:

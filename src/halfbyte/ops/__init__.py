@@ -19,7 +19,7 @@ from ..numerics.nvfp4 import Encoded
 from ..numerics.swizzle import swizzled_size
 from . import custom
 from .backends import Impl, backend, pick
-from .checks import FLOAT_DTYPES, check_amax, check_input, check_rounding, check_scale
+from .checks import FLOAT_DTYPES, check_amax, check_error_weights, check_input, check_rounding, check_scale
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -50,15 +50,22 @@ def quantize_nvfp4(
     per_matrix: bool = False,
     rng: Words = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> Encoded:
     """See `halfbyte.quantize`."""
-    x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
+    x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block, importance=importance, hessian=hessian)
     name = pick(impl, x.device)
     if torch.compiler.is_compiling():
         words = custom.signed(rng)
-        return Encoded(*custom.quantize_nvfp4(x, amax, custom.spell(fmt), per_matrix, words, first_block, name))
-    run = backend(name).quantize_nvfp4
-    return Encoded(*run(x, fmt, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block))
+        return Encoded(
+            *custom.quantize_nvfp4(
+                x, amax, custom.spell(fmt), per_matrix, words, first_block, importance, hessian, name
+            )
+        )
+    weights = {} if importance is None and hessian is None else {"importance": importance, "hessian": hessian}
+    run = backend("reference" if fmt.scale_rule == "search" else name).quantize_nvfp4
+    return Encoded(*run(x, fmt, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block, **weights))
 
 
 def quantize_mxfp8(x: Tensor, fmt: MXFP8, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -147,6 +154,7 @@ def quantize_many(
     if shared_amax and (amax is not None or fmt.scaling == "row"):
         other = "amax given" if amax is not None else "scaling='row', where every row has its own"
         raise FormatError(f"shared_amax=True with {other}: leave shared_amax out")
+    check_error_weights(xs[0] if xs else None, fmt, None, None)
     for i, x in enumerate(xs):
         check_input(x, fmt, f"xs[{i}]")
         if x.device != xs[0].device:
@@ -204,10 +212,13 @@ def _checked(
     first_block: int,
     name: str = "x",
     prefix: str = "",
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x and amax as constants, after all that can be refused about them."""
     check_input(x, fmt, name)
     check_rounding(fmt, rng, first_block, f"{prefix}rng")
+    check_error_weights(x, fmt, importance, hessian)
     if per_matrix and x.dim() < 2:
         raise ShapeError(f"a matrix needs at least 2 dimensions; {name} has shape {tuple(x.shape)}: use {name}[None]")
     x = x.detach() if x.requires_grad else x

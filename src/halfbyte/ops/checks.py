@@ -53,6 +53,33 @@ def check_rounding(fmt: NVFP4, rng: object, first_block: object = 0, name: str =
         raise FormatError(f"first_block={first_block!r}: must be an integer from 0 to 2**60")
 
 
+def check_error_weights(x: Tensor | None, fmt: NVFP4, importance: Tensor | None, hessian: Tensor | None) -> None:
+    """Raise unless importance and hessian are given where fmt has a use for them, float32 and of x's columns."""
+    if hessian is None and fmt.error == "hessian":
+        raise FormatError(
+            "error='hessian' needs hessian=, a float32 tensor (K/16, 16, 16), which halfbyte.quantize takes; "
+            "use error='mse' where there is none"
+        )
+    if importance is not None and (fmt.scale_rule != "search" or fmt.error == "hessian"):
+        raise FormatError("importance is for scale_rule='search' with error='mse' or 'mae': leave it out")
+    if hessian is not None and fmt.error != "hessian":
+        raise FormatError("hessian is for scale_rule='search' with error='hessian': leave it out")
+    if x is None:
+        return
+    columns = x.shape[-1]
+    wanted = {"importance": (columns,), "hessian": (columns // 16, 16, 16)}
+    for name, value in (("importance", importance), ("hessian", hessian)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or tuple(value.shape) != wanted[name]:
+            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(
+                f"{name} is {kind}; needs torch.float32 of shape {wanted[name]} for x of {columns} columns"
+            )
+        if value.device != x.device:
+            raise ShapeError(f"{name} is on {value.device}, x on {x.device}; move one with .to(device)")
+
+
 def check_scale(scale: Tensor, name: str = "scale") -> None:
     """Raise ShapeError unless scale is a tensor of one byte per element."""
     if not isinstance(scale, Tensor) or scale.element_size() != 1:

@@ -69,10 +69,19 @@ def _apart(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 @torch.library.custom_op("halfbyte::quantize_nvfp4", mutates_args=())
 def quantize_nvfp4(
-    x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, rng: Sequence[int] | None, first_block: int, impl: str
+    x: Tensor,
+    amax: Tensor | None,
+    fmt: str,
+    per_matrix: bool,
+    rng: Sequence[int] | None,
+    first_block: int,
+    importance: Tensor | None,
+    hessian: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.quantize_nvfp4`."""
-    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options: dict[str, Any] = {"per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options |= {"amax": amax, "importance": importance, "hessian": hessian}
     packed, block_scale, tensor_scale, out_amax = backend(impl).quantize_nvfp4(x, _read(fmt), **options)
     return packed, block_scale, tensor_scale, out_amax
 
