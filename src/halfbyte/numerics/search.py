@@ -44,7 +44,8 @@ def best_scales(
         total = _hessian_error(d, hessian) if hessian is not None else _error(d, fmt, importance)
         if fmt.block == (16, 16):
             total = tiles.sum_tile_rows(total)
-        better = (total < best) & (candidate <= last)  # a tie keeps the smaller code; NaN is never better
+        # A tie keeps the smaller code; NaN is never better, nor is an overflow of either sign.
+        better = (total < best) & (total > -torch.inf) & (candidate <= last)
         best = torch.where(better, total, best)
         code = torch.where(better, float(candidate), code)
     code = torch.where(block_amax == 0, 0.0, code)
@@ -68,8 +69,11 @@ def _error(d: Tensor, fmt: NVFP4, importance: Tensor | None) -> Tensor:
 
 
 def _hessian_error(d: Tensor, hessian: Tensor) -> Tensor:
-    """[P, M, B, 16] → dᵀ·H·d, [P, M, B, 1]: each row of H in order, then the rows in order."""
-    terms = [d[..., i : i + 1] * _in_order(hessian[:, i] * d) for i in range(d.shape[-1])]
+    """[P, M, B, 16] → dᵀ·H·d, [P, M, B, 1], from H's upper triangle: each row in order, then the rows in order."""
+    terms = []
+    for i in range(d.shape[-1]):
+        row = torch.cat((hessian[:, i, i : i + 1], 2 * hessian[:, i, i + 1 :]), -1)
+        terms.append(d[..., i : i + 1] * _in_order(row * d[..., i:]))
     return _in_order(torch.cat(terms, -1))
 
 

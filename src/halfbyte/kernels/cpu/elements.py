@@ -30,7 +30,7 @@ F32_MAX = np.float32(FLT_MAX)
 MAGNITUDE = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000
 
-_ZERO, _HALF, _QUARTER, _TWO, _FOUR, _SEVEN = (np.float32(v) for v in (0, 0.5, 0.25, 2, 4, 7))
+_ZERO, _HALF, _QUARTER, _TWO, _FOUR, _SIX, _SEVEN = (np.float32(v) for v in (0, 0.5, 0.25, 2, 4, 6, 7))
 
 # --- 16-bit floats --------------------------------------------------------------------------------------------------
 
@@ -164,6 +164,18 @@ def e2m1_value(code: Any) -> Any:
     normal = from_bits((magnitude << 22) + (126 << 23))
     value = where(magnitude < 2, to_float(magnitude) * _HALF, normal)
     return from_bits(bits(value) | ((code & 8) << 28))
+
+
+_BINADE, _ONE_BITS, _TO_ALIGN = 0x7F800000, 127 << 23, 22 << 23
+
+
+@jit
+def e2m1_magnitude(a: Any) -> Any:
+    """float32 ≥ 0 → the E2M1 value that it rounds to; 6 for NaN."""
+    a = _minimum(a, _SIX)
+    binade = bits(a) & _BINADE
+    align = from_bits(where(binade < _ONE_BITS, _ONE_BITS, binade) + _TO_ALIGN)  # here floats are as far apart as E2M1
+    return (a + align) - align
 
 
 @jit

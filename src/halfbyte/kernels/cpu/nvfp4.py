@@ -17,6 +17,8 @@ from torch import Tensor
 from ...formats import E2M1_MAX, NVFP4
 from . import nvfp4_code as code
 from .compile import parts, run
+from .group import GROUP
+from .search_code import search_rule
 from .source import KINDS, empty, memory, rows_of, source
 
 COLUMNS = 16
@@ -41,6 +43,8 @@ def quantize(
     per_matrix: bool = False,
     rng: tuple[int, int] | None = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> Encoded:
     """Quantize x (…, K), K % 16 == 0, float32/bfloat16/float16, of any strides. Arguments as in `halfbyte.quantize`."""
     shape = tuple(x.shape)
@@ -54,7 +58,7 @@ def quantize(
     out = Encoded(packed, block_scale, tensor_scale, out_amax)
     count = len(amaxes)
     scales = code.Scales(amaxes, np.empty(count, np.float32), decode_scales, rows // max(count, 1))
-    rule, threads = _rule(fmt, rng, first_block), torch.get_num_threads()
+    rule, threads = _rule(fmt, rng, first_block, shape[-1], importance, hessian), torch.get_num_threads()
     if amax is not None or x.numel() == 0:
         if amax is None:
             amaxes.fill(0.0)
@@ -97,14 +101,23 @@ def quantize(
 
 
 def _group() -> Any:
-    return np.empty(code.GROUP, np.float32)
+    return np.empty(GROUP, np.float32)
 
 
-def _rule(fmt: NVFP4, rng: tuple[int, int] | None, first_block: int) -> code.Rule:
+def _rule(
+    fmt: NVFP4,
+    rng: tuple[int, int] | None,
+    first_block: int,
+    columns: int,
+    importance: Tensor | None,
+    hessian: Tensor | None,
+) -> code.Rule:
     assert fmt.e4m3_max is not None  # resolved when the format was built
     six_e = np.float32(E2M1_MAX * fmt.e4m3_max)
     if fmt.scale_rule == "four_over_six":
         return code.FourOverSix(six_e, fmt.error_arithmetic == "fp16", fmt.error == "mse")
+    if fmt.scale_rule == "search":
+        return search_rule(six_e, fmt.error == "mse", columns // COLUMNS, importance, hessian)
     if fmt.rounding == "stochastic":
         assert rng is not None  # ops checks it
         words = [word & _WORD for number in rng for word in (number, number >> 32)]

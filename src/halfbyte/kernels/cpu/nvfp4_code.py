@@ -21,7 +21,9 @@ from .elements import (
     load_floats,
     store_floats,
 )
+from .group import AMAX, DECODE, ELEMENT_SCALE, ENCODE, RANDOM, SCALE, TERMS, element_scales, sum_of_rows
 from .philox import random_for_blocks, random_halves
+from .search_code import HessianSearch, Search, best_scales, only_down
 from .source import Source, read_across, read_down, row_start
 from .vector import (
     bits,
@@ -31,7 +33,6 @@ from .vector import (
     load,
     load_nibbles,
     maximum_of,
-    permuted_xor,
     put,
     store,
     store_nibbles,
@@ -73,7 +74,7 @@ class FourOverSix(NamedTuple):
     squared: bool
 
 
-Rule = Amax | Stochastic | FourOverSix
+Rule = Amax | Stochastic | FourOverSix | Search | HessianSearch
 
 
 class Output(NamedTuple):
@@ -130,22 +131,7 @@ def tensor_scales(maxima: Any, scales: Scales, six_e: Any, first: int, end: int)
         scales.encode[i], scales.decode[i] = encode, _ONE / encode
 
 
-# --- sixteen blocks at a time ---------------------------------------------------------------------------------------
-# Neighbours in a row, or one below the other. `g` is float32 memory that holds what is known of them: the elements of
-# each, then lanes of one value a block; integers by their bits. Elements come first: `read_across` and `read_down`
-# fill them.
-
-_TERMS = 256  # errors of the elements, after the elements themselves
-_RANDOM = 256  # in the same place: 128 random words, then 32 of counters
-_AMAX, _ENCODE, _DECODE = 512, 528, 544  # of the tensor, matrix or row that a block belongs to
-_ELEMENT_SCALE, _SCALE = 560, 576  # of the block
-GROUP = 592  # floats
-
-
-@jit
-def _element_scales(g: Any, scale: Any) -> Any:
-    e = _ONE / (e4m3_value(scale) * load(g, _DECODE))
-    return where(e > F32_MAX, F32_MAX, e)
+# --- sixteen blocks at a time: `group.py` says what lies where in g ---------------------------------------------------
 
 
 @jit
@@ -154,58 +140,58 @@ def _maxima(g: Any, count: int, tile: bool) -> Any:
     for i in range(count, 16):
         store(g, i * 16, from_bits(int_lanes(0)))
     for i in range(16):
-        put(g, _SCALE + i, from_bits(maximum_of(bits(load(g, i * 16)) & MAGNITUDE)))
+        put(g, SCALE + i, from_bits(maximum_of(bits(load(g, i * 16)) & MAGNITUDE)))
     if tile:
-        return from_bits(int_lanes(maximum_of(bits(load(g, _SCALE)))))
-    return load(g, _SCALE)
+        return from_bits(int_lanes(maximum_of(bits(load(g, SCALE)))))
+    return load(g, SCALE)
 
 
-def block_scales(g: Any, maxima: Any, tile: bool, rule: Rule) -> Any:
-    """Scale bytes of sixteen blocks; of a tile the same in every lane."""
+def block_scales(g: Any, maxima: Any, tile: bool, rule: Rule, block: int, across: bool) -> Any:
+    """Scale bytes of sixteen blocks; of a tile the same in every lane. block: its column; the first of those across."""
     raise NotImplementedError  # compiled code only
 
 
 @overload(block_scales, jit_options={"forceinline": True})
-def _block_scales(g: Any, maxima: Any, tile: Any, rule: Any) -> Any:
-    def by_amax(g: Any, maxima: Any, tile: Any, rule: Any) -> Any:
-        return e4m3(maxima * (load(g, _ENCODE) * _SIXTH))
+def _block_scales(g: Any, maxima: Any, tile: Any, rule: Any, block: Any, across: Any) -> Any:
+    def by_amax(g: Any, maxima: Any, tile: Any, rule: Any, block: Any, across: Any) -> Any:
+        return e4m3(maxima * (load(g, ENCODE) * _SIXTH))
 
-    def four_over_six(g: Any, maxima: Any, tile: Any, rule: Any) -> Any:
-        base = (maxima / _SIX) * load(g, _ENCODE)
+    def four_over_six(g: Any, maxima: Any, tile: Any, rule: Any, block: Any, across: Any) -> Any:
+        base = (maxima / _SIX) * load(g, ENCODE)
         scale, scale4 = e4m3(base), e4m3(base * _ONE_HALF_MORE)
         error, error4 = _errors(g, scale, tile, rule), _errors(g, scale4, tile, rule)
         return where(error4 < error, scale4, scale)
 
+    def search(g: Any, maxima: Any, tile: Any, rule: Any, block: Any, across: Any) -> Any:
+        return best_scales(g, maxima, tile, rule, block, across)
+
+    if rule.instance_class in (Search, HessianSearch):
+        return search
     return four_over_six if rule.instance_class is FourOverSix else by_amax
 
 
 @jit_apart
 def _errors(g: Any, scale: Any, tile: bool, rule: FourOverSix) -> Any:
     """Error of each block, or of the tile, for the given scale bytes."""
-    store(g, _SCALE, e4m3_value(scale))
-    store(g, _ELEMENT_SCALE, _element_scales(g, scale))
+    store(g, SCALE, e4m3_value(scale))
+    store(g, ELEMENT_SCALE, element_scales(g, e4m3_value(scale)))
     for i in range(16):
         x = load(g, i * 16)
-        product = e2m1_value(e2m1(x * item(g, _ELEMENT_SCALE + i))) * item(g, _SCALE + i)
+        product = e2m1_value(e2m1(x * item(g, ELEMENT_SCALE + i))) * item(g, SCALE + i)
         if rule.fp16:
-            d = product - x * item(g, _ENCODE + i)  # the product is exact in fp16: nothing to round
+            d = product - x * item(g, ENCODE + i)  # the product is exact in fp16: nothing to round
         else:
-            d = (product * item(g, _AMAX + i)) / rule.six_e - x
-        store(g, _TERMS + i * 16, d * d if rule.squared else from_bits(bits(d) & MAGNITUDE))
-    transpose(g, _TERMS)
-    total = load(g, _TERMS)
+            d = (product * item(g, AMAX + i)) / rule.six_e - x
+        store(g, TERMS + i * 16, d * d if rule.squared else from_bits(bits(d) & MAGNITUDE))
+    transpose(g, TERMS)
+    total = load(g, TERMS)
     for i in range(1, 16):  # elements in order; lanes are blocks
-        total = total + load(g, _TERMS + i * 16)
-    if tile:  # lanes are rows: i with i + 8, then i + 4, i + 2, i + 1; the sum in every lane
-        total = total + permuted_xor(total, 8)
-        total = total + permuted_xor(total, 4)
-        total = total + permuted_xor(total, 2)
-        total = total + permuted_xor(total, 1)
-    return total
+        total = total + load(g, TERMS + i * 16)
+    return sum_of_rows(total) if tile else total
 
 
 def store_codes(g: Any, rule: Rule, packed: Any, first: int, step: int, count: int) -> None:
-    """Codes of the elements by the scales in _ELEMENT_SCALE; block i is block first + i·step of the output."""
+    """Codes of the elements by the scales in ELEMENT_SCALE; block i is block first + i·step of the output."""
     raise NotImplementedError  # compiled code only
 
 
@@ -213,14 +199,14 @@ def store_codes(g: Any, rule: Rule, packed: Any, first: int, step: int, count: i
 def _store_codes(g: Any, rule: Any, packed: Any, first: Any, step: Any, count: Any) -> Any:
     def nearest(g: Any, rule: Any, packed: Any, first: Any, step: Any, count: Any) -> Any:
         for i in range(count):
-            y = load(g, i * 16) * item(g, _ELEMENT_SCALE + i)
+            y = load(g, i * 16) * item(g, ELEMENT_SCALE + i)
             store_nibbles(packed, (first + i * step) * 8, e2m1(y))
 
     def stochastic(g: Any, rule: Any, packed: Any, first: Any, step: Any, count: Any) -> Any:
-        random_for_blocks(rule.first_block + first, step, rule.rng, g, _RANDOM)
+        random_for_blocks(rule.first_block + first, step, rule.rng, g, RANDOM)
         for i in range(count):
-            y = load(g, i * 16) * item(g, _ELEMENT_SCALE + i)
-            store_nibbles(packed, (first + i * step) * 8, e2m1_stochastic(y, random_halves(g, _RANDOM + i)))
+            y = load(g, i * 16) * item(g, ELEMENT_SCALE + i)
+            store_nibbles(packed, (first + i * step) * 8, e2m1_stochastic(y, random_halves(g, RANDOM + i)))
 
     return stochastic if rule.instance_class is Stochastic else nearest
 
@@ -245,7 +231,7 @@ def quantize(
     g: room for GROUP floats.
     """
     tile = matrix_rows > 0
-    down = tile or x.step != 1 or out.blocks < 8
+    down = tile or x.step != 1 or out.blocks < 8 or only_down(rule)
     tiles = (matrix_rows + 15) // 16
     while unit < unit_end:
         row, rows, units = unit, 1, 1
@@ -257,9 +243,9 @@ def quantize(
         unit += units
         for i in range(16):
             shared = (row + min(i, rows - 1)) // scales.rows
-            put(g, _AMAX + i, scales.amax[shared])
-            put(g, _ENCODE + i, scales.encode[shared])
-            put(g, _DECODE + i, scales.decode[shared])
+            put(g, AMAX + i, scales.amax[shared])
+            put(g, ENCODE + i, scales.encode[shared])
+            put(g, DECODE + i, scales.decode[shared])
         for b in range(block, block_end, 1 if down else 16):
             count, step = rows, out.blocks
             if down:
@@ -267,16 +253,16 @@ def quantize(
             else:
                 count, step = min(16, block_end - b), 1
                 read_across(x, row, b * 16, 16, count, g)
-            scale = block_scales(g, _maxima(g, count, tile), tile, rule)
-            store(g, _ELEMENT_SCALE, _element_scales(g, scale))
+            scale = block_scales(g, _maxima(g, count, tile), tile, rule, b, not down)
+            store(g, ELEMENT_SCALE, element_scales(g, e4m3_value(scale)))
             first = row * out.blocks + b
             store_codes(g, rule, out.packed, first, step, count)
             if count == 16 and step == 1:
                 store(out.block_scale, first, scale)
             else:
-                store(g, _SCALE, from_bits(scale))
+                store(g, SCALE, from_bits(scale))
                 for i in range(count):
-                    put(out.block_scale, first + i * step, bits(item(g, _SCALE + i)))
+                    put(out.block_scale, first + i * step, bits(item(g, SCALE + i)))
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------

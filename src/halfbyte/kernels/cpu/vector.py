@@ -122,6 +122,7 @@ _define(operator.lshift, _arithmetic("", "shl"), "ints")
 _define(operator.rshift, _arithmetic("", "lshr"), "ints")
 _define(operator.lt, _comparison("<"), "floats ints", MASK)
 _define(operator.gt, _comparison(">"), "floats ints", MASK)
+_define(operator.le, _comparison("<="), "floats ints", MASK)
 
 
 # --- lane-wise functions, of vectors and of scalars -----------------------------------------------------------------
