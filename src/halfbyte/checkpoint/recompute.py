@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ..errors import HalfbyteError
 from ..formats import E4M3_MAX_CHOICES, NVFP4, Format
+from ..names import Kind
+from ..policy import FormatOverride
 from .convert import convert_group, kv_scales
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
@@ -30,7 +33,7 @@ def verify_source(
     """Where a quantized checkpoint differs from what its source gives; nothing where it does not.
 
     What is quantized is read off the checkpoint, and by which rule is in halfbyte.json; without it every rule of the
-    contract is tried on one weight, and the best fit is held against the rest.
+    contract is tried on one weight of each kind, and the best fit is held against the rest.
     """
     source = Checkpoint(source_directory)
     try:
@@ -43,8 +46,8 @@ def verify_source(
         return
     if manifest:
         yield from _policy_agrees(source, options, contents)
-    elif fmt := _closest_format(contents, source, plan, options, device):
-        options = replace(options, format=fmt)
+    else:
+        options = replace(options, overrides=tuple(_closest_formats(contents, source, plan, options, device)))
         plan = make_plan(source, options, _formats(contents, options))
     if tuple(plan.ignore) != contents.quantization.ignore:
         missing = sorted(set(plan.ignore) ^ set(contents.quantization.ignore))
@@ -148,9 +151,22 @@ def _differences(a: Tensor, b: Tensor) -> tuple[int, int]:
     return len(where), int(where[0]) if len(where) else 0
 
 
-def _closest_format(contents: Contents, source: Checkpoint, plan: Plan, options: Options, device: str) -> NVFP4 | None:
-    """The NVFP4 rule whose bytes are nearest to the checkpoint's: judged on the smallest weights, until one is left."""
-    groups = [group for group in plan.groups if isinstance(group[0].format, NVFP4)]
+def _closest_formats(
+    contents: Contents, source: Checkpoint, plan: Plan, options: Options, device: str
+) -> Iterator[FormatOverride]:
+    """For each kind of weight the NVFP4 rule whose bytes are nearest to the checkpoint's."""
+    kinds: defaultdict[Kind, list[tuple[Planned, ...]]] = defaultdict(list)
+    for group in plan.groups:
+        if isinstance(group[0].format, NVFP4):
+            kinds[group[0].name.kind].append(group)
+    for kind, groups in kinds.items():
+        yield FormatOverride(_closest_format(contents, source, groups, options, device), kinds=(kind,))
+
+
+def _closest_format(
+    contents: Contents, source: Checkpoint, groups: list[tuple[Planned, ...]], options: Options, device: str
+) -> NVFP4:
+    """Judged on the smallest weights, until one is left."""
 
     def differing(fmt: NVFP4, group: tuple[Planned, ...]) -> int:
         total = 0
@@ -163,15 +179,15 @@ def _closest_format(contents: Contents, source: Checkpoint, plan: Plan, options:
         return total
 
     def closest(candidates: list[NVFP4]) -> tuple[int, list[NVFP4]]:
-        for group in sorted(groups, key=lambda group: sum(item.nbytes for item in group)):
+        misses = 0
+        for i, group in enumerate(sorted(groups, key=lambda group: sum(item.nbytes for item in group))):
             counts = [differing(fmt, group) for fmt in candidates]
+            misses = misses if i else min(counts)
             candidates = [fmt for fmt, count in zip(candidates, counts, strict=True) if count == min(counts)]
-            if len(candidates) == 1 or min(counts):
+            if len(candidates) == 1:
                 break
-        return min(counts), candidates
+        return misses, candidates
 
-    if not groups:
-        return None
     misses, found = closest(list(_quick_formats()))
     if misses:  # the search tries 126 scales for each block: only where nothing else fits
         fewer, searched = closest(list(_search_formats()))
