@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
-from . import _target, row, stacked
+from . import _target, row, search, stacked
 from ._maxima import block_abs_max
 from ._primitives import e4m3_code, jit, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
@@ -161,8 +161,12 @@ def quantize(
     per_matrix: bool = False,
     rng: tuple[int, int] | None = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(packed, block_scale, tensor_scale, amax); arguments and bytes as `halfbyte.numerics.nvfp4.quantize`.
+
+    importance and hessian: of the rule `search`, see `search.py`.
 
     Launches: one with amax given or row scaling, else a fill, the maximum, and the quantization; a fill and one for
     many contiguous matrices. Nothing synchronises.
@@ -180,7 +184,7 @@ def quantize(
     if x.numel() == 0:
         _scales_only(amax, per_scale, out[2], out[3], fmt)
     else:
-        dispatch(m, fmt, amax, out, rng, first_block, "packed")
+        dispatch(m, fmt, amax, out, rng, first_block, "packed", importance, hessian)
     return out
 
 
@@ -192,8 +196,13 @@ def dispatch(
     rng: tuple[int, int] | None,
     first_block: int,
     mode: str,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> None:
     """Choose the kernels for a non-empty input. mode "packed" fills out; the others fill out[0] with values."""
+    if importance is not None or hessian is not None:
+        known = compute_amax(m, fmt) if amax is None else amax
+        return search.launch(m, fmt, known, out, importance, hessian, mode)
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     if amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
@@ -203,6 +212,7 @@ def dispatch(
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
+    return None
 
 
 def launch(
@@ -225,7 +235,8 @@ def launch(
     native = _target.native_level(m.x.device)
     if fmt.block == (1, 16):
         blocks = m.rows * blocks_per_row
-        bb = BLOCKS
+        # A program of the search goes on as long as one of its blocks does: one warp of them, and nothing crosses it.
+        bb, warps = (32, 1) if fmt.scale_rule == "search" else (BLOCKS, WARPS)
         tiles = triton.cdiv(blocks, bb)
         per_row = fmt.scaling == "row"
         _quantize_1x16[(tiles * m.matrices,)](
@@ -234,7 +245,7 @@ def launch(
             seed, offset, first_block,
             BB=bb, EVEN=blocks % bb == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
             KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
-            num_warps=WARPS, enable_fp_fusion=False,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
         return
     nb, t = 16, 1
