@@ -380,3 +380,15 @@ def e2m1_stochastic_pair(lo, hi, scale, u_lo, u_hi):
 
 E2M1_PTX = tl.constexpr(e2m1_ptx(safe=False))
 E2M1_SAFE_PTX = tl.constexpr(e2m1_ptx(safe=True))
+
+
+@jit
+def reciprocal_near(x, NATIVE: tl.constexpr):
+    """1/x of a normal float32, within two units in the last place; for comparisons that allow for it."""
+    if NATIVE:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / x
+    return result

@@ -29,6 +29,8 @@ from ._primitives import (
     split8,
     words_of,
 )
+from ._search import code_value
+from ._search import codes as search_codes
 
 
 @jit
@@ -45,6 +47,10 @@ def block_scales(
     if F.scale_rule == "amax":
         scale = e4m3_round(minimum(block_amax * (encode_scale * SIXTH), FLT_MAX))  # S
         element = element_scale(scale, decode_scale, NATIVE)  # S
+    elif F.scale_rule == "search":  # with weights or Hessians: `search.py`
+        code = search_codes(lo, hi, block_amax, encode_scale, decode_scale, lo, hi, None, None, False, F, NATIVE)
+        scale = tl.where(code == 0x7F, float("nan"), code_value(code))
+        element = element_scale(scale, decode_scale, NATIVE)
     else:
         scale, element = four_over_six(lo, hi, valid, block_amax, encode_scale, decode_scale, amax, F, NATIVE)
     return scale, element

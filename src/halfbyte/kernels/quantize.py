@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
-from . import _target, row, stacked
+from . import _target, row, search, stacked
 from ._maxima import block_abs_max
 from ._primitives import e4m3_code, jit, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
@@ -169,8 +169,12 @@ def quantize(
     per_matrix: bool = False,
     rng: tuple[int, int] | None = None,
     first_block: int = 0,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(packed, block_scale, tensor_scale, amax); arguments and bytes as `halfbyte.numerics.nvfp4.quantize`.
+
+    importance and hessian: of the rule `search`, see `search.py`.
 
     Launches: one with amax given or row scaling, else a fill, the maximum, and the quantization; a fill and one for
     many contiguous matrices by the amax rule. Nothing synchronises.
@@ -188,7 +192,7 @@ def quantize(
     if x.numel() == 0:
         scales_only(amax, out[2], out[3], fmt)
     else:
-        dispatch(m, fmt, amax, out, rng, first_block, "packed")
+        dispatch(m, fmt, amax, out, rng, first_block, "packed", importance, hessian)
     return out
 
 
@@ -200,8 +204,13 @@ def dispatch(
     rng: tuple[int, int] | None,
     first_block: int,
     mode: str,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> None:
     """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
+    if importance is not None or hessian is not None:
+        known = compute_amax(m, fmt) if amax is None else amax
+        return search.launch(m, fmt, known, out, importance, hessian, mode)
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     if amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
@@ -218,6 +227,7 @@ def dispatch(
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
+    return None
 
 
 def launch(
@@ -241,9 +251,9 @@ def launch(
     if fmt.block == (1, 16):
         blocks = m.rows * blocks_per_row
         # A warp settles its own near ties, one block a thread keeps the code short, and eight tiles a program make up
-        # for the start of so small a program.
+        # for the start of so small a program. A program of the search goes on as long as one of its blocks does.
         alone = fmt.scale_rule == "four_over_six" and fmt.scaling == "tensor" and fmt.error_arithmetic == "exact"
-        bb, warps = (32, 1) if alone else (BLOCKS, WARPS)
+        bb, warps = (32, 1) if alone or fmt.scale_rule == "search" else (BLOCKS, WARPS)
         steps = 8 if alone and blocks * m.matrices >= 1 << 20 else 1
         tiles = triton.cdiv(blocks, bb * steps)
         per_row = fmt.scaling == "row"

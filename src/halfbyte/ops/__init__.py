@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, ShapeError, UnsupportedError
+from ..errors import FormatError, ShapeError
 from ..formats import MXFP8, NVFP4
 from ..numerics import nvfp4
 from ..numerics.nvfp4 import Encoded
@@ -55,7 +55,7 @@ def quantize_nvfp4(
 ) -> Encoded:
     """See `halfbyte.quantize`."""
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block, importance=importance, hessian=hessian)
-    name = _pick(impl, x.device, fmt)
+    name = pick(impl, x.device)
     if torch.compiler.is_compiling():
         words = custom.signed(rng)
         return Encoded(
@@ -108,7 +108,7 @@ def fake_quantize(
 ) -> tuple[Tensor, Tensor]:
     """(values, tensor_scale); see `halfbyte.fake_quantize` and `halfbyte.fake_quantize_unscaled`."""
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
-    name = _pick(impl, x.device, fmt)
+    name = pick(impl, x.device)
     if torch.compiler.is_compiling():
         words = custom.signed(rng)
         return custom.fake_quantize(  # type: ignore[no-any-return]
@@ -132,7 +132,7 @@ def quantize_transpose(
     """x and x.mT quantized; see `halfbyte.quantize_transpose`."""
     x, amax = _checked(x, fmt, amax, True, rng, 0)
     _, transposed_amax = _checked(x.mT, transposed_fmt, transposed_amax, True, transposed_rng, 0, "x.mT", "transposed_")
-    name = _pick(impl, x.device, fmt, transposed_fmt)
+    name = pick(impl, x.device)
     if torch.compiler.is_compiling():
         formats, words = (custom.spell(fmt), custom.spell(transposed_fmt)), custom.signed(rng)
         parts = custom.quantize_transpose(
@@ -165,7 +165,7 @@ def quantize_many(
         check_amax(amax, xs[0], torch.Size((len(xs),)))
         amax = amax.detach()
     xs = [x.detach() for x in xs]
-    name = _pick(impl, xs[0].device, fmt)
+    name = pick(impl, xs[0].device)
     if torch.compiler.is_compiling():
         parts = custom.quantize_many(xs, amax, custom.spell(fmt), shared_amax, name)
         return [Encoded(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
@@ -226,13 +226,3 @@ def _checked(
         return x, None
     check_amax(amax, x, nvfp4.amax_shape(x.shape, fmt, per_matrix), f"{prefix}amax")
     return x, amax.detach() if amax.requires_grad else amax
-
-
-def _pick(impl: str, device: torch.device, *formats: NVFP4) -> str:
-    """As `pick`, but for the rule that has no Triton kernel."""
-    name = pick(impl, device)
-    if name == "triton" and any(fmt.scale_rule == "search" for fmt in formats):
-        if impl == "triton":
-            raise UnsupportedError("scale_rule='search' has no Triton kernel yet: use impl='auto', or a CPU tensor")
-        return "reference"
-    return name

@@ -1,0 +1,101 @@
+"""Scale rule `search` in Triton, against the contract; on a GPU, or a little of it in the interpreter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from halfbyte import NVFP4
+from halfbyte.kernels import _target, fake_quantize, quantize, transposed
+from halfbyte.numerics import nvfp4
+
+from ..check import true
+from .search_inputs import FORMATS, extras, searched
+from .test_cpu import same, views
+
+INTERPRETING = _target.INTERPRETING
+DEVICE = "cpu" if INTERPRETING else "cuda"
+RUNS = INTERPRETING or (torch.cuda.is_available() and _target.runs_on(torch.device("cuda")))
+pytestmark = [
+    *([] if INTERPRETING else [pytest.mark.gpu]),
+    pytest.mark.skipif(not RUNS, reason="needs an NVIDIA GPU from sm_80 on, or Triton's interpreter"),
+]
+on_gpu = pytest.mark.skipif(INTERPRETING, reason="too much for the interpreter")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check(x: Tensor, fmt: NVFP4, **kwargs: object) -> None:
+    moved = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+    actual = quantize.quantize(x.to(DEVICE), fmt, **moved)
+    expected = nvfp4.quantize(x, fmt, **kwargs)
+    for name, a, e in zip(expected._fields, actual, expected, strict=True):
+        same(a.cpu(), e, f"{name} of {tuple(x.shape)} {x.dtype}, {fmt}, {sorted(kwargs)}")
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_equals_the_contract(fmt: NVFP4, rng: torch.Generator) -> None:
+    columns = 32 if INTERPRETING else 144
+    for dtype in DTYPES[:1] if INTERPRETING else DTYPES:
+        x = torch.stack(list(searched(rng, (3 if INTERPRETING else 37, columns), dtype).values()))
+        for extra in extras(rng, fmt, columns)[:: 1 if not INTERPRETING else 2]:
+            check(x[:3] if INTERPRETING else x, fmt, per_matrix=True, **extra)
+
+
+@on_gpu
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_given_amax(fmt: NVFP4, rng: torch.Generator) -> None:
+    given = torch.tensor([0.0, 1.0, 2.5, 1e-30, 1e-42, 1e30, 3e38, math.inf, math.nan])
+    x = searched(rng, (17, 48), torch.float32)["mixed"].expand(len(given), -1, -1)
+    amax = given[:, None].expand(-1, 17) if fmt.scaling == "row" else given
+    for extra in extras(rng, fmt, 48):
+        check(x, fmt, per_matrix=True, amax=amax, **extra)
+
+
+@on_gpu
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_nan_infinity_and_strides(fmt: NVFP4, rng: torch.Generator) -> None:
+    x = torch.randn(33, 96, generator=rng)
+    x[3, 5], x[20, 50] = math.nan, math.inf
+    for extra in extras(rng, fmt, 96)[-1:]:
+        check(x, fmt, **extra)
+        check(x, fmt, amax=torch.full((33,) if fmt.scaling == "row" else (), 2.5), **extra)
+    for view in views(rng, torch.bfloat16).values():
+        if view.is_contiguous() or view.stride(-1) == 0:
+            continue
+        moved = view.to(DEVICE)  # the same strides, but for broadcast ones
+        for extra in extras(rng, fmt, view.shape[-1])[-1:]:
+            got = quantize.quantize(moved, fmt, **{name: v.to(DEVICE) for name, v in extra.items()})
+            for a, e in zip(got, nvfp4.quantize(view, fmt, **extra), strict=True):
+                same(a.cpu(), e, str(fmt))
+
+
+@on_gpu
+def test_hadamard_decoded_and_transposed(rng: torch.Generator) -> None:
+    x = torch.randn(112, 96, generator=rng).bfloat16()
+    for fmt in (NVFP4(scale_rule="search"), NVFP4(scale_rule="search", hadamard=True, e4m3_max=288)):
+        check(x, fmt)
+        q = nvfp4.quantize(x, fmt)
+        decoded = nvfp4.dequantize(q.packed, q.block_scale, q.tensor_scale, torch.bfloat16)
+        same(fake_quantize.fake_quantize(x.to(DEVICE), fmt).cpu(), decoded, "decoded")
+        for a, e in zip(transposed.quantize(x.to(DEVICE), fmt)[0], nvfp4.quantize(x.mT, fmt), strict=True):
+            same(a.cpu(), e, "transposed")
+
+
+@on_gpu
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.error != "hessian"], ids=str)
+def test_a_hundred_million_elements(fmt: NVFP4) -> None:
+    """Against the contract on the GPU: ordinary, heavy-tailed and coarse values, as bfloat16 and float32."""
+    g = torch.Generator(DEVICE).manual_seed(1)
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in range(3):
+            x = torch.randn(4096, 4096, generator=g, device=DEVICE)
+            if kind == 1:
+                x = x * torch.exp(torch.randn(4096, 4096, generator=g, device=DEVICE))
+            if kind == 2:
+                x = (4 * x).round()
+            x = x.to(dtype)
+            for a, e in zip(quantize.quantize(x, fmt), nvfp4.quantize(x, fmt), strict=True):
+                true(torch.equal(a.reshape(-1).view(torch.uint8), e.reshape(-1).view(torch.uint8)), f"{fmt}, {kind}")
