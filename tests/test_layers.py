@@ -27,6 +27,7 @@ ALLOWED = {
     "version": set(),
     "policy": BASE | {"names"},
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
+    "recipe": BASE | {"policy", "names", "checkpoint"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

@@ -47,5 +47,5 @@ def test_refusals(fmt: Any, weights: dict[str, Any], error: type[Exception], mes
 
 def test_hessian_is_for_quantize_only() -> None:
     for function in (lambda: quantize_many([X], HESSIAN), lambda: fake_quantize(X, HESSIAN)):
-        with pytest.raises(FormatError, match="which halfbyte.quantize takes"):
+        with pytest.raises(FormatError, match=r"which halfbyte\.quantize takes"):
             function()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .checkpoint.config import Activations, KVCache
-from .checkpoint.plan import Options
+from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .errors import FormatError, HalfbyteError
 from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
@@ -37,15 +37,25 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cu
 @app.command(
     epilog="Examples: `halfbyte convert Qwen/Qwen3-0.6B out` · "
     "`halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors` · "
-    "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run`"
+    "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run` · "
+    "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8`"
 )
 def convert(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory, or hub id such as Qwen/Qwen3-0.6B.")],
     out_dir: Annotated[Path, typer.Argument(help="New directory for the result; must not exist.")],
     format: Annotated[str, typer.Option(help="nvfp4 or mxfp8.")] = "nvfp4",
     layout: Annotated[str, typer.Option(help="modelopt or compressed-tensors: whose tensor names.")] = "modelopt",
-    scale_rule: Annotated[str | None, typer.Option(help="amax (default) or four_over_six.")] = None,
-    error: Annotated[str | None, typer.Option(help="mae (default) or mse, for four_over_six.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Name of a recipe (see `halfbyte recipes`) or its file, instead of options.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the recipe. Repeatable.")
+    ] = None,
+    scale_rule: Annotated[str | None, typer.Option(help="amax (default), four_over_six or search.")] = None,
+    error: Annotated[
+        str | None, typer.Option(help="mae or mse: what four_over_six (default mae) or search (mse) minimise.")
+    ] = None,
     e4m3_max: Annotated[
         int | None, typer.Option(help="E: 256, 288, 320 or 448. Default: 448; four_over_six: 256.")
     ] = None,
@@ -87,7 +97,7 @@ def convert(
     from .report.console import plan_json, print_plan, print_report, report_json
 
     with _errors(as_json):
-        options = Options(
+        options = _recipe_options(ctx, recipe, changes, layout) or Options(
             format=_format(format, scale_rule, error, e4m3_max, error_arithmetic),
             layout=cast(Layout, layout),
             policy=Policy(
@@ -111,12 +121,12 @@ def convert(
             plan = make_plan(checkpoint, options)
             _emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
             return
-        if activations == "constant":
+        if options.activations == "constant":
             _warn(
                 "input scale 1.0 everywhere: right for engines that scale activations per token; those with a static "
                 "scale clip activations beyond 2688 and flush small ones"
             )
-        with _progress(f"convert to {format}", checkpoint.nbytes) as advance:
+        with _progress("convert", checkpoint.nbytes) as advance:
             report = run(
                 source,
                 out_dir,
@@ -126,6 +136,29 @@ def convert(
                 progress=advance,
             )
         _emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
+
+
+@app.command(epilog="Examples: `halfbyte recipes` · `halfbyte recipes nvfp4-search > mine.yaml`")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML instead of the list.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that ship with halfbyte, for `convert --recipe` and `calibrate --recipe`."""
+    from .recipe import builtin_recipes, load_recipe, recipe_text
+    from .report.recipes import print_recipes
+
+    with _errors(as_json):
+        if name is None:
+            found = builtin_recipes()
+            rows = [{**recipe.to_json(), "needs_data": recipe.needs_data} for recipe in found.values()]
+            _emit(as_json, lambda: {"recipes": rows}, lambda console: print_recipes(console, found))
+        else:
+            recipe = load_recipe(name)
+            text = recipe_text(name)
+            if as_json:
+                print(json.dumps({**recipe.to_json(), "needs_data": recipe.needs_data}, indent=2, ensure_ascii=False))
+            else:
+                print(text, end="")
 
 
 @app.command(epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json`")
@@ -237,6 +270,28 @@ def _format(
     values: dict[str, Any] = {"scale_rule": scale_rule, "error": error, "e4m3_max": e4m3_max}
     values["error_arithmetic"] = error_arithmetic
     return NVFP4(**{key: value for key, value in values.items() if value is not None})
+
+
+_BESIDE_RECIPE = ("model", "out_dir", "recipe", "changes", "layout", "device", "max_shard_gb", "dry_run", "as_json")
+
+
+def _recipe_options(ctx: typer.Context, name: str | None, changes: list[str] | None, layout: str) -> Options | None:
+    """What a recipe asks for; it excludes the options that say the same."""
+    if name is None:
+        if changes:
+            raise FormatError(f"--set {changes[0]}: changes a recipe's key; give --recipe as well")
+        return None
+    from .recipe import load_recipe
+
+    given = [p for p in ctx.params if p not in _BESIDE_RECIPE and "DEFAULT" not in str(ctx.get_parameter_source(p))]
+    if given:
+        options = ", ".join(f"--{parameter.replace('_', '-')}" for parameter in given)
+        raise FormatError(f"--recipe {name} and {options}: the recipe says that; change its keys with --set instead")
+    recipe = load_recipe(name, changes or ())
+    if recipe.needs_data:
+        remedy = f"use `halfbyte calibrate MODEL OUT_DIR --recipe {name} --data FILE`"
+        raise FormatError(f"--recipe {name}: {', '.join(recipe.reasons_for_data)} needs calibration data: {remedy}")
+    return recipe.options(cast(Layout, layout))
 
 
 def _device(name: str) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkpoint.convert import convert
-from .checkpoint.plan import Options
+from .checkpoint.options import Options
 from .checkpoint.recompute import verify_source
 from .checkpoint.verify import verify_structure
 from .errors import CheckpointError, UnsupportedError

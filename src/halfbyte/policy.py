@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import names
 from .errors import FormatError
-from .names import Name
+from .formats import Format
+from .names import Kind, Name
 
 Only = Literal["all", "experts", "mlp"]
 _ONLY_KINDS = {"experts": ("experts",), "mlp": ("experts", "mlp")}
@@ -57,6 +58,8 @@ class Policy:
     extra_high_precision_layers_hf: tuple[str, ...] = ()
     extra_high_precision_layers_megatron: tuple[str, ...] = ()
     include_mtp: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # where a recipe holds one
 
     def __post_init__(self) -> None:
         if self.only not in ("all", *_ONLY_KINDS):
@@ -147,6 +150,25 @@ class Policy:
                 raise FormatError(f"policy: {key} must be {type(default).__name__}; got {value!r}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class FormatOverride:
+    """Another format for some of the weights that are quantized.
+
+    Attributes:
+        format: theirs.
+        match: patterns, as in `Policy`.
+        kinds: what the weights are for; either selects.
+    """
+
+    format: Format
+    match: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+
+    def selects(self, name: Name) -> bool:
+        """Whether a weight gets this format, unless an earlier override selects it."""
+        return name.kind in self.kinds or any(matches(pattern, name) for pattern in self.match)
 
 
 def matches(pattern: str, name: Name) -> bool:

@@ -26,6 +26,7 @@ from .ops import FLOAT_DTYPES
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERTS_FUNCTION = "halfbyte_quantized_inputs"
 FakeQuantize = Callable[[Tensor], Tensor]
+_UNCHANGED: Mapping[tuple[int, str], FakeQuantize] = defaultdict(lambda: lambda x: x)
 _PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -69,8 +70,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
-    if contents.quantization.activations or isinstance(contents.quantization.format, MXFP8):
-        _quantize_inputs(model, contents)
+    _quantize_inputs(model, contents)
     runnable: nn.Module = model.to(device).eval()
     return runnable
 
@@ -99,15 +99,13 @@ def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tenso
 
 def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors under their high-precision names; floats in dtype."""
-    elements = weight_names(contents.quantization.layout, contents.quantization.format).elements
-    modules = {name.module for name in contents.quantized}
     state: dict[str, Tensor] = {}
     layers = decoder_layers(contents.checkpoint)
     for tensor in contents.checkpoint.tensors:
         if names.parse(tensor, layers).tower == "mtp":  # transformers runs models without
             continue
         module, _, parameter = tensor.rpartition(".")
-        if module in modules and parameter == elements:
+        if contents.holds_elements(tensor):
             state[f"{module}.weight"] = decode(contents, module, dtype, "cpu")
         elif parameter not in SCALE_PARAMETERS:
             data = contents.checkpoint.read(tensor)
@@ -120,7 +118,8 @@ def _quantize_inputs(model: Any, contents: Contents) -> None:
     modules = dict(model.named_modules())
     experts: defaultdict[str, dict[tuple[int, str], FakeQuantize]] = defaultdict(dict)
     for name in contents.quantized:
-        if name.tower == "mtp":
+        dynamic = isinstance(contents.formats[name.module], MXFP8)
+        if name.tower == "mtp" or not (dynamic or contents.quantization.activations):
             continue
         fake_quantize = _input_quantizer(contents, name.module)
         if isinstance(modules.get(name.module), nn.Linear):
@@ -149,7 +148,7 @@ def _experts_of(name: Name, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _input_quantizer(contents: Contents, module: str) -> FakeQuantize:
     """x → the decoded values of its quantization: under a static scale for NVFP4, dynamically for MXFP8."""
-    fmt = contents.quantization.format
+    fmt = contents.formats[module]
     if isinstance(fmt, MXFP8):
         return lambda x: quantize(x, fmt).dequantize(x.dtype)
     parameters = weight_names(contents.quantization.layout, fmt)
@@ -167,13 +166,14 @@ def _quantized_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if not self.has_gate or self.has_bias or self.is_transposed or not self.is_concatenated:
         raise UnsupportedError(f"{type(self).__name__}: only gated experts [E, 2I, H] without biases are imitated")
     out = torch.zeros_like(hidden_states)
+    inputs = getattr(self, "halfbyte_inputs", _UNCHANGED)  # a layer's experts may have stayed in high precision
     for expert in top_k_index.unique().tolist():
         if expert >= self.num_experts:  # the mark of a token that another rank serves
             continue
         token, position = torch.where(top_k_index == expert)
-        x = self.halfbyte_inputs[expert, "gate_proj"](hidden_states[token])
+        x = inputs[expert, "gate_proj"](hidden_states[token])
         x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))
-        x = self.halfbyte_inputs[expert, "down_proj"](x)
+        x = inputs[expert, "down_proj"](x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, position, None]
         out.index_add_(0, token, x.to(out.dtype))
     return out

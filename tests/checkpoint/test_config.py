@@ -9,6 +9,7 @@ import pytest
 
 from halfbyte import MXFP8, NVFP4, CheckpointError, __version__
 from halfbyte.checkpoint.config import (
+    Group,
     Quantization,
     hf_quant_config,
     is_quantized,
@@ -33,7 +34,7 @@ ALL = [
 
 
 def quantization(layout: Layout, fmt: Format, activations: bool = False, kv_cache: bool = False) -> Quantization:
-    return Quantization(layout, fmt, activations, kv_cache, IGNORE)
+    return Quantization(layout, (Group(fmt),), activations, kv_cache, IGNORE)
 
 
 def test_modelopt_nvfp4() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import MXFP8, NVFP4, Policy, __version__, names, quantize
-from halfbyte.checkpoint.config import Quantization, hf_quant_config, quantization_config
+from halfbyte.checkpoint.config import Group, Quantization, hf_quant_config, quantization_config
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.plan import Options
@@ -197,7 +197,7 @@ def test_configs(tmp_path: Path, layout: Layout, kv_cache: Any, activations: Any
     model = models.moe(tied=True)
     out = run(model, tmp_path, layout=layout, kv_cache=kv_cache, activations=activations)
     ignore = ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
-    wanted = Quantization(layout, NVFP4(), activations == "constant", kv_cache == "fp8", ignore)
+    wanted = Quantization(layout, (Group(NVFP4()),), activations == "constant", kv_cache == "fp8", ignore)
     equal(
         json.loads((out / "config.json").read_text()),
         {**model.config, "quantization_config": quantization_config(wanted)},
@@ -224,6 +224,8 @@ def test_the_record(tmp_path: Path) -> None:
         "kv_cache": "fp8",
         "activations": "none",
         "policy": policy.to_json(),
+        "overrides": [],
+        "recipe": None,
         "sha256": digests,
     }
     equal(data, wanted)

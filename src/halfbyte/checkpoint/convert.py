@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..formats import NVFP4, Format
+from ..formats import MXFP8, NVFP4, Format
 from ..functional import quantize
 from ..tensor import QuantizedTensor
-from .config import Quantization, hf_quant_config, quantization_config
+from .config import Group, Quantization, hf_quant_config, quantization_config
+from .exclusion import target_list
 from .manifest import write_manifest
-from .plan import Options, Plan, Planned, make_plan
+from .options import Options
+from .plan import Plan, Planned, make_plan
 from .schema import Entry, kv_scale_entries, weight_entries, weight_tensors
 from .shards import (
     INDEX,
@@ -38,9 +40,11 @@ Progress = Callable[[int], None]  # called with the bytes of the source just fin
 
 @dataclass(frozen=True)
 class WeightReport:
-    """How one weight fared; `bytes` counts its elements and scales."""
+    """How one weight fared; `bytes` counts its elements and scales, `format` and `tensor_scale` are those written."""
 
     name: str
+    format: Format
+    tensor_scale: float | None
     kind: str
     leaf: str
     elements: int
@@ -64,6 +68,8 @@ class Report:
     source_bytes: int
     output_bytes: int
     fused_groups: int
+    unequal_fused_scales: int
+    to_search: int
     kept: int
     shards: int
     seconds: float
@@ -72,6 +78,11 @@ class Report:
     def bits_per_weight(self) -> float:
         """Bits per quantized weight, scales included."""
         return 8 * sum(w.bytes for w in self.weights) / sum(w.elements for w in self.weights)
+
+    @property
+    def searched(self) -> int:
+        """Weights whose scales the search chose; `to_search` were planned."""
+        return sum(_is_search(weight.format) for weight in self.weights)
 
     def relative_error(self, weights: Iterable[WeightReport] | None = None) -> float:
         """Of several weights taken as one long vector; of all by default."""
@@ -106,20 +117,27 @@ def convert(
     start = time.monotonic()
     checkpoint = Checkpoint(source)
     plan = make_plan(checkpoint, options)
+    if reason := options.needs_data:
+        raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
     with whole_or_nothing(output) as target:
         shards = shard(output_entries(plan, options), max_shard_bytes)
         digests: dict[str, str] = {}
         weights: list[WeightReport] = []
+        unequal = 0
         with ExitStack() as stack:
             writers: dict[str, ShardWriter] = {}
             for file, entries in shards.items():
                 writers |= dict.fromkeys(entries, stack.enter_context(ShardWriter(target / file, entries)))
             for group in plan.groups:
+                scales = set()
                 for item, tensors, report in convert_group(checkpoint, group, options, device):
                     for name, tensor in tensors.items():
                         digests[name] = writers[name].write(name, tensor)
-                    weights += [report] if report else []
+                    if report:
+                        weights.append(report)
+                        scales.add(report.tensor_scale)
                     progress(item.nbytes)
+                unequal += len(scales) > 1
             for name, tensor in kv_scales(plan, options).items():
                 digests[name] = writers[name].write(name, tensor)
         sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
@@ -136,7 +154,9 @@ def convert(
         source_bytes=checkpoint.nbytes,
         output_bytes=sum(sizes.values()),
         fused_groups=sum(len(group) > 1 for group in plan.groups),
-        kept=sum(not item.decision.quantize for item in plan),
+        unequal_fused_scales=unequal,
+        to_search=sum(_is_search(item.format) for item in plan),
+        kept=sum(item.format is None for item in plan),
         shards=len(shards),
         seconds=time.monotonic() - start,
     )
@@ -148,9 +168,9 @@ def output_entries(plan: Plan, options: Options) -> list[dict[str, Entry]]:
     for group in plan.groups:
         entries: dict[str, Entry] = {}
         for item in group:
-            if item.decision.quantize:
+            if item.format is not None:
                 activations = options.activations != "none"
-                entries |= weight_entries(options.layout, options.format, item.name.module, item.shape, activations)
+                entries |= weight_entries(options.layout, item.format, item.name.module, item.shape, activations)
             else:
                 entries[item.name.full] = (item.dtype, item.shape)
         groups.append(entries)
@@ -178,7 +198,8 @@ def convert_group(
     checkpoint: Checkpoint, group: tuple[Planned, ...], options: Options, device: torch.device | str
 ) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
     """The output tensors of each member of a group, quantized under one tensor scale."""
-    if not group[0].decision.quantize:
+    fmt = group[0].format
+    if fmt is None:
         (item,) = group
         yield item, {item.name.full: checkpoint.read(item.source, item.index)}, None
         return
@@ -186,7 +207,7 @@ def convert_group(
     amax = group_amax(checkpoint, group, weights)
     input_scale = CONSTANT_INPUT_SCALE if options.activations == "constant" else None
     for item, weight in zip(group, weights, strict=True):
-        q = quantize_weight(weight, options.format, amax)
+        q = quantize_weight(weight, fmt, amax)
         tensors = weight_tensors(options.layout, item.name.module, q, input_scale)
         yield item, tensors, _report(item, weight, q)
 
@@ -239,7 +260,7 @@ def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Opt
     """Write config.json with its quantization_config and, for the layout that has one, hf_quant_config.json."""
     quantization = Quantization(
         layout=options.layout,
-        format=options.format,
+        groups=_config_groups(plan, options),
         activations=options.activations != "none",
         kv_cache=options.kv_cache != "none",
         ignore=plan.ignore,
@@ -251,11 +272,27 @@ def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Opt
         write_json(target / "hf_quant_config.json", beside)
 
 
+def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
+    """One group for all Linears, or where precision is mixed one for each format."""
+    formats: tuple[Format, ...] = (MXFP8(), NVFP4())
+    modules = [(fmt, [i.name for i in plan.quantized if type(i.format) is type(fmt)]) for fmt in formats]
+    used = [(fmt, names) for fmt, names in modules if names]
+    if len(used) == 1:
+        return (Group(used[0][0]),)
+    return tuple(Group(fmt, target_list(options.layout, names)) for fmt, names in used)
+
+
+def _is_search(fmt: Format | None) -> bool:
+    return isinstance(fmt, NVFP4) and fmt.scale_rule == "search"
+
+
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
     original = weight.float()
     difference = q.dequantize(torch.float32).sub_(original)
     return WeightReport(
         name=item.name.full,
+        format=q.format,
+        tensor_scale=None if q.tensor_scale is None else float(q.tensor_scale),
         kind=item.name.kind,
         leaf=item.name.leaf,
         elements=weight.numel(),

@@ -67,12 +67,10 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def output_entries(contents: Contents, dtype: str) -> dict[str, Entry]:
     """Name → (dtype, shape) of the decoded checkpoint, in natural order."""
-    parameters = weight_names(contents.quantization.layout, contents.quantization.format)
-    modules = {name.module for name in contents.quantized}
     entries: dict[str, Entry] = {}
     for tensor, info in contents.checkpoint.tensors.items():
         module, _, parameter = tensor.rpartition(".")
-        if module in modules and parameter == parameters.elements:
+        if contents.holds_elements(tensor):
             rows, columns = info.shape
             entries[f"{module}.weight"] = (dtype, (rows, columns * 2 if info.dtype == "U8" else columns))
         elif parameter not in SCALE_PARAMETERS:
@@ -87,12 +85,12 @@ def decode(contents: Contents, module: str, dtype: torch.dtype, device: torch.de
         for name in _parts(contents, module)
         if name in contents.checkpoint.tensors
     }
-    q = quantized_tensor(contents.quantization.layout, contents.quantization.format, module, tensors)
+    q = quantized_tensor(contents.quantization.layout, contents.formats[module], module, tensors)
     return q.dequantize(dtype)
 
 
 def _parts(contents: Contents, module: str) -> Iterator[str]:
-    names = weight_names(contents.quantization.layout, contents.quantization.format)
+    names = weight_names(contents.quantization.layout, contents.formats[module])
     for part in (names.elements, names.block_scale, names.tensor_scale):
         if part is not None:
             yield f"{module}.{part}"

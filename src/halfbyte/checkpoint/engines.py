@@ -5,25 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from ..formats import MXFP8
-from .plan import Options
+from ..formats import MXFP8, Format
+from .options import Options
 
 
-def serve_commands(output: Path, options: Options, has_experts: bool) -> dict[str, str]:
-    """Engine → command, only for the engines that load this layout and compute the right numbers."""
+def serve_commands(output: Path, options: Options, formats: set[type[Format]], has_experts: bool) -> dict[str, str]:
+    """Engine → command, only for the engines that load this layout and compute the right numbers.
+
+    formats: those of the weights; of a mixture only vLLM, and transformers for dense models, are known to load it.
+    """
     path = quote(str(output))
-    fp8_cache = options.kv_cache == "fp8"
+    fp8_cache = options.kv_cache != "none"
     vllm = f"vllm serve {path}" + (" --kv-cache-dtype fp8" if fp8_cache else "")
     sglang = f"python -m sglang.launch_server --model-path {path}" + (" --kv-cache-dtype fp8_e4m3" if fp8_cache else "")
     commands = {"vLLM": vllm}
-    weight_only = options.activations == "none" and not isinstance(options.format, MXFP8)
+    mixed = len(formats) > 1
+    weight_only = options.activations == "none" and MXFP8 not in formats
     if options.layout == "compressed-tensors":
-        commands["SGLang"] = sglang
+        if not mixed:
+            commands["SGLang"] = sglang
         if not has_experts:  # transformers ignores weight_global_scale in fused experts
             commands["transformers"] = f"AutoModelForCausalLM.from_pretrained({str(output)!r})"
-    elif not weight_only:  # W4A16 in ModelOpt's layout is sure in vLLM only
+    elif not weight_only and not mixed:  # W4A16 in ModelOpt's layout is sure in vLLM only
         commands["SGLang"] = sglang
-        if not isinstance(options.format, MXFP8):
+        if MXFP8 not in formats:
             commands["TensorRT-LLM"] = f"trtllm-serve {path}" + (" --kv_cache_dtype fp8" if fp8_cache else "")
     commands["halfbyte"] = f"halfbyte.load({str(output)!r})"
     return commands

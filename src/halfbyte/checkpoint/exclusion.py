@@ -71,14 +71,20 @@ def exclusion_list(layout: Layout, quantized: Iterable[Name], excluded: Iterable
     """
     patterns = [] if any(name.kind == "lm_head" for name in quantized) else ["lm_head"]
     for name in excluded:
-        experts = name.experts_module
-        if experts is None:
-            patterns.append(name.module)
-        elif layout == "modelopt":
-            patterns.append(experts)
-        else:
-            patterns.append(f"re:{re.escape(experts)}\\..*")
+        by_experts = name.experts_module if layout == "modelopt" else None
+        patterns.append(by_experts or _compressed_tensors_pattern(name))
     return list(dict.fromkeys(patterns))
+
+
+def target_list(layout: Layout, names: Iterable[Name]) -> tuple[str, ...]:
+    """Patterns by which a config of mixed precision gives these modules their format: ModelOpt lists each."""
+    pattern = _compressed_tensors_pattern if layout == "compressed-tensors" else lambda name: name.module
+    return tuple(dict.fromkeys(pattern(name) for name in names))
+
+
+def _compressed_tensors_pattern(name: Name) -> str:
+    experts = name.experts_module
+    return name.module if experts is None else f"re:{re.escape(experts)}\\..*"
 
 
 def disagreements(

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import CheckpointError, HalfbyteError
 from ..formats import CONTRACT_VERSION, MXFP8, NVFP4, Format
-from ..policy import Policy
+from ..policy import FormatOverride, Policy
 from ..version import __version__
-from .plan import Options
+from .options import Options
 from .shards import read_json, write_json
 
 FILE = "halfbyte.json"
@@ -39,6 +39,16 @@ def format_from_json(data: Any) -> Format:
     raise CheckpointError(f"format {data.get('name')!r}: known are 'nvfp4' and 'mxfp8'")
 
 
+def _overrides(data: Any) -> tuple[FormatOverride, ...]:
+    keys = {"format", "match", "kinds"}
+    if not isinstance(data, list) or not all(isinstance(entry, dict) and entry.keys() == keys for entry in data):
+        raise CheckpointError(f"overrides must be a list of objects with {', '.join(sorted(keys))}; got {data!r}")
+    lists = [entry[key] for entry in data for key in ("match", "kinds")]
+    if not all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in lists):
+        raise CheckpointError(f"overrides: match and kinds must be lists of strings; got {data!r}")
+    return tuple(FormatOverride(format_from_json(o["format"]), tuple(o["match"]), tuple(o["kinds"])) for o in data)
+
+
 def write_manifest(directory: Path, options: Options, digests: dict[str, str]) -> None:
     """Write halfbyte.json."""
     data = {
@@ -49,6 +59,11 @@ def write_manifest(directory: Path, options: Options, digests: dict[str, str]) -
         "kv_cache": options.kv_cache,
         "activations": options.activations,
         "policy": options.policy.to_json(),
+        "overrides": [
+            {"format": format_to_json(o.format), "match": list(o.match), "kinds": list(o.kinds)}
+            for o in options.overrides
+        ],
+        "recipe": options.recipe,
         "sha256": dict(sorted(digests.items())),
     }
     write_json(directory / FILE, data)
@@ -77,6 +92,8 @@ def read_manifest(directory: Path) -> tuple[Options, dict[str, str]] | None:
             policy=Policy.from_json(data["policy"]),
             kv_cache=data.get("kv_cache"),  # type: ignore[arg-type]
             activations=data.get("activations"),  # type: ignore[arg-type]
+            overrides=_overrides(data.get("overrides", [])),
+            recipe=data.get("recipe"),
         )
     except HalfbyteError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -7,18 +7,19 @@ before anything is written.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .. import names
 from ..errors import CheckpointError
-from ..formats import NVFP4, Format
+from ..formats import Format
 from ..names import Name
-from ..policy import Decision, Policy
-from .config import Activations, KVCache, is_quantized
+from ..policy import Decision, FormatOverride
+from .config import is_quantized
 from .exclusion import disagreements, exclusion_list
-from .schema import FOREIGN_PARAMETERS, LAYOUTS, STACKED_EXPERTS, Layout
+from .options import Options as Options
+from .schema import FOREIGN_PARAMETERS, STACKED_EXPERTS
 from .shards import Checkpoint, TensorInfo
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -28,48 +29,13 @@ _EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidde
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to convert to.
-
-    Attributes:
-        format: NVFP4 with tensor scaling, nearest rounding and no Hadamard transform (no engine undoes one), or MXFP8.
-        layout: whose tensor names and config: "modelopt" or "compressed-tensors".
-        policy: which weights.
-        kv_cache: "fp8" declares an FP8 KV cache with all scales 1.0.
-        activations: "none" for weights only (W4A16); "constant" for W4A4 with every input scale 1.0.
-    """
-
-    format: Format = field(default_factory=NVFP4)
-    layout: Layout = "modelopt"
-    policy: Policy = field(default_factory=Policy)
-    kv_cache: KVCache = "none"
-    activations: Activations = "none"
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("layout", LAYOUTS),
-            ("kv_cache", ("none", "fp8")),
-            ("activations", ("none", "constant")),
-        ):
-            if getattr(self, name) not in choices:
-                raise CheckpointError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        fmt = self.format
-        if not isinstance(fmt, NVFP4):
-            if self.activations != "none":
-                raise CheckpointError("MXFP8 always scales activations per block as it goes: leave activations out")
-        elif fmt.scaling != "tensor" or fmt.hadamard or fmt.rounding != "nearest":
-            raise CheckpointError(
-                f"{fmt}: a checkpoint has one scale per tensor, nearest rounding and no Hadamard transform"
-            )
-
-
-@dataclass(frozen=True)
 class Planned:
     """One tensor of the source, or one part of a stacked one, under the name that it gets in the output.
 
     Attributes:
         source, index: the tensor that it is read from, and where in it (empty: all of it).
         decision: whether it is quantized, and why (not).
+        format: what it is quantized to, or None.
         linear: whether it is a Linear's weight, so that engines need to be told when it is not quantized.
     """
 
@@ -79,6 +45,7 @@ class Planned:
     source: str
     index: tuple[int | slice, ...]
     decision: Decision
+    format: Format | None
     linear: bool
 
     @property
@@ -100,16 +67,13 @@ class Plan:
     @property
     def quantized(self) -> list[Planned]:
         """What will be quantized."""
-        return [item for item in self if item.decision.quantize]
+        return [item for item in self if item.format is not None]
 
 
-Decide = Callable[[Name, int], Decision]
-
-
-def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None) -> Plan:
+def make_plan(source: Checkpoint, options: Options, found: Mapping[str, Format] | None = None) -> Plan:
     """Decide on every tensor of a source checkpoint.
 
-    decide: asked instead of the options' policy.
+    found: module → format of all that is quantized, instead of what the options' policy and overrides say.
 
     Raises:
         CheckpointError: the source is quantized already, or something in it is unknown, contradictory, or does not
@@ -122,24 +86,21 @@ def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None
             "or run `halfbyte dequantize` on it first"
         )
     layers = decoder_layers(source)
-    items = list(_items(source, decide or options.policy.decide, layers))
+    items = list(_items(source, _Choice(options, layers, found)))
     _check_names(items, source)
-    if decide is None and (unmatched := options.policy.unmatched(item.name for item in items)):
-        remedy = "see `--dry-run` for their names"
-        if any(pattern.startswith("--include ") for pattern in unmatched):
-            remedy += "; embeddings, norms and convolutions cannot be included"
-        raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; {remedy}")
-    if not any(item.decision.quantize for item in items):
+    if found is None:
+        _check_patterns(items, options, where)
+    if not any(item.format for item in items):
         raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
     for item in items:
         if item.linear:
             _check_dtype(item, source)
-        if item.decision.quantize:
-            _check_shape(item, options, source)
+        if item.format is not None:
+            _check_shape(item, item.format, source)
     groups = _groups(items, where)
     _check_experts(items, source)
-    excluded = [item.name for item in items if item.linear and not item.decision.quantize]
-    quantized = [item.name for item in items if item.decision.quantize]
+    excluded = [item.name for item in items if item.linear and item.format is None]
+    quantized = [item.name for item in items if item.format is not None]
     ignore = exclusion_list(options.layout, quantized, excluded)
     if wrong := disagreements(options.layout, ignore, quantized, excluded):
         raise CheckpointError(
@@ -165,27 +126,43 @@ def decoder_layers(source: Checkpoint) -> int:
     raise CheckpointError(f"{source.directory}/config.json: num_hidden_layers is missing; add it")
 
 
-def _items(source: Checkpoint, decide: Decide, layers: int) -> Iterator[Planned]:
+@dataclass(frozen=True)
+class _Choice:
+    """Whether a Linear's weight is quantized, and to what."""
+
+    options: Options
+    layers: int
+    found: Mapping[str, Format] | None
+
+    def __call__(self, name: Name) -> tuple[Decision, Format | None]:
+        if self.found is not None:
+            return Decision(name.module in self.found, "as found"), self.found.get(name.module)
+        decision = self.options.policy.decide(name, self.layers)
+        return decision, self.options.format_of(name) if decision.quantize else None
+
+
+def _items(source: Checkpoint, choose: _Choice) -> Iterator[Planned]:
     tied = bool(source.config.get("tie_word_embeddings", text_config(source.config).get("tie_word_embeddings")))
     for tensor, info in sorted(source.tensors.items(), key=lambda item: names.natural_key(item[0])):
-        name = names.parse(tensor, layers)
+        name = names.parse(tensor, choose.layers)
         where = f"{source.directory / info.file}: tensor {tensor}"
         if name.parameter in FOREIGN_PARAMETERS:
             raise CheckpointError(f"{where}: belongs to a quantized checkpoint; convert the high-precision original")
         if name.tower != "other" and _is_stacked(name, info):
-            yield from _unstacked(source, name, info, decide, layers, where)
+            yield from _unstacked(source, name, info, choose, where)
             continue
         linear = name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm")
         if not linear:
-            yield Planned(name, info.dtype, info.shape, tensor, (), Decision(False, _not_linear(name, info)), False)
+            kept = Decision(False, _not_linear(name, info))
+            yield Planned(name, info.dtype, info.shape, tensor, (), kept, None, False)
             continue
-        decision = decide(name, layers)
-        if decision.quantize and name.kind == "lm_head" and tied:
+        decision, fmt = choose(name)
+        if fmt is not None and name.kind == "lm_head" and tied:
             raise CheckpointError(
                 f"{where}: lm_head shares its weight with the embedding (tie_word_embeddings), which stays in high "
                 "precision; drop it from --include"
             )
-        yield Planned(name, info.dtype, info.shape, tensor, (), decision, True)
+        yield Planned(name, info.dtype, info.shape, tensor, (), decision, fmt, True)
 
 
 def _not_linear(name: Name, info: TensorInfo) -> str:
@@ -201,9 +178,7 @@ def _is_stacked(name: Name, info: TensorInfo) -> bool:
     return len(info.shape) >= 3 or (name.leaf == "experts" and name.parameter not in ("weight", "bias"))
 
 
-def _unstacked(
-    source: Checkpoint, name: Name, info: TensorInfo, decide: Decide, layers: int, where: str
-) -> Iterator[Planned]:
+def _unstacked(source: Checkpoint, name: Name, info: TensorInfo, choose: _Choice, where: str) -> Iterator[Planned]:
     """Experts [E, 2I, H] or [E, H, I] as per-expert gate, up and down; everything else is refused."""
     path = name.module if name.parameter == "weight" else name.full
     parent, _, leaf = path.rpartition(".")
@@ -232,9 +207,29 @@ def _unstacked(
     parts = halves if leaf == "gate_up_proj" else {"down_proj": slice(0, hidden)}
     for expert in range(info.shape[0]):
         for part, rows in parts.items():
-            unstacked = names.parse(f"{parent}.{expert}.{part}.weight", layers)
+            unstacked = names.parse(f"{parent}.{expert}.{part}.weight", choose.layers)
             shape = (rows.stop - rows.start, wanted[1])
-            yield Planned(unstacked, info.dtype, shape, name.full, (expert, rows), decide(unstacked, layers), True)
+            yield Planned(unstacked, info.dtype, shape, name.full, (expert, rows), *choose(unstacked), True)
+
+
+def _check_patterns(items: list[Planned], options: Options, where: object) -> None:
+    """Every pattern of the policy and every override selects something: one that does not is most likely misspelt."""
+    if unmatched := options.policy.unmatched(item.name for item in items):
+        remedy = "see `--dry-run` for their names"
+        if any(pattern.startswith("--include ") for pattern in unmatched):
+            remedy += "; embeddings, norms and convolutions cannot be included"
+        raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; {remedy}")
+    quantized = [item.name for item in items if item.format is not None]
+    for i, override in enumerate(options.overrides):
+        tests = [FormatOverride(override.format, (pattern,)) for pattern in override.match]
+        tests += [FormatOverride(override.format, (), override.kinds)] if override.kinds else []
+        for test in tests:
+            if quantized and not any(test.selects(name) for name in quantized):
+                what = ", ".join(test.match or test.kinds)
+                raise CheckpointError(
+                    f"{where}: override {i}: {what} selects no weight that is quantized; remove it, or see `--dry-run` "
+                    "for the names"
+                )
 
 
 def _check_names(items: list[Planned], source: Checkpoint) -> None:
@@ -267,7 +262,7 @@ def _check_experts(items: list[Planned], source: Checkpoint) -> None:
 
 def _check_dtype(item: Planned, source: Checkpoint) -> None:
     """Also of what stays as it is: low-precision weights without their scales mean nothing under another label."""
-    if item.dtype not in (*QUANTIZABLE_DTYPES, "F64") or (item.dtype == "F64" and item.decision.quantize):
+    if item.dtype not in (*QUANTIZABLE_DTYPES, "F64") or (item.dtype == "F64" and item.format):
         where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
         raise CheckpointError(
             f"{where}: is {item.dtype}; halfbyte quantizes {', '.join(QUANTIZABLE_DTYPES)}; "
@@ -275,9 +270,9 @@ def _check_dtype(item: Planned, source: Checkpoint) -> None:
         )
 
 
-def _check_shape(item: Planned, options: Options, source: Checkpoint) -> None:
+def _check_shape(item: Planned, fmt: Format, source: Checkpoint) -> None:
     where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
-    block = options.format.block_columns
+    block = fmt.block_columns
     if item.shape[1] % block or 0 in item.shape:
         raise CheckpointError(
             f"{where}: shape {list(item.shape)}; the last dimension must be divisible by {block}. "
@@ -288,14 +283,19 @@ def _check_shape(item: Planned, options: Options, source: Checkpoint) -> None:
 def _groups(items: list[Planned], where: object) -> list[tuple[Planned, ...]]:
     """Items in order, members of one fused layer together at the place of the first."""
     fused: defaultdict[str, list[Planned]] = defaultdict(list)
-    experts: defaultdict[str, set[bool]] = defaultdict(set)
+    experts: defaultdict[str, set[type[Format] | None]] = defaultdict(set)
     for item in items:
         if item.linear and item.name.fused is not None:
             fused[item.name.fused].append(item)
         if item.linear and item.name.experts_module is not None:
-            experts[item.name.experts_module].add(item.decision.quantize)
-    for module, states in experts.items():
-        if len(states) > 1:
+            experts[item.name.experts_module].add(type(item.format) if item.format else None)
+    for module, kinds in experts.items():
+        if len(kinds) > 1 and None not in kinds:
+            raise CheckpointError(
+                f"{where}: {module} would have experts in NVFP4 and in MXFP8, which no engine can load; give all of "
+                "them one format"
+            )
+        if len(kinds) > 1:
             raise CheckpointError(
                 f"{where}: some experts of {module} would be quantized and some not, which no engine can load; "
                 f"exclude all with --ignore {module}"
@@ -303,10 +303,10 @@ def _groups(items: list[Planned], where: object) -> list[tuple[Planned, ...]]:
     gated = {_template(layer) for layer, members in fused.items() if len(members) > 1}
     groups: dict[str, tuple[Planned, ...]] = {}
     for layer, members in fused.items():
-        if members[0].name.tower == "other" and not any(item.decision.quantize for item in members):
+        if members[0].name.tower == "other" and not any(item.format for item in members):
             continue  # engines do not fuse them, and their names may mean something else
         _check_fused(layer, members, gated, where)
-        if all(item.decision.quantize for item in members):
+        if all(item.format for item in members):
             groups |= dict.fromkeys((item.name.full for item in members), tuple(members))
     everything = {item.name.full for item in items}
     for layer in fused:
@@ -328,11 +328,17 @@ def _check_fused(layer: str, members: list[Planned], gated: set[str], where: obj
         raise CheckpointError(
             f"{where}: {name.parent}.{missing}.weight is missing, the other half of {name.module}.weight"
         )
-    if len({item.decision.quantize for item in members}) > 1:
-        kept = next(item for item in members if not item.decision.quantize)
+    if len({item.format is None for item in members}) > 1:
+        kept = next(item for item in members if item.format is None)
         raise CheckpointError(
             f"{where}: {kept.name.module} would stay in high precision ({kept.decision.reason}) but the layers that "
             f"engines fuse with it would not; select all of {', '.join(sorted(there))} or none"
+        )
+    if len({item.format for item in members}) > 1:
+        formats = ", ".join(f"{item.name.leaf} {item.format}" for item in members)
+        raise CheckpointError(
+            f"{where}: {layer}: engines fuse its parts under one format and tensor scale, but here: {formats}; let an "
+            "override select all of them or none"
         )
     if len({item.shape[1] for item in members}) > 1:
         shapes = ", ".join(f"{item.name.leaf} {list(item.shape)}" for item in members)

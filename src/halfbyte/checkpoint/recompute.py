@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import HalfbyteError
 from ..formats import E4M3_MAX_CHOICES, NVFP4, Format
-from ..policy import Decision
 from .convert import convert_group, kv_scales
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
-from .plan import Options, Plan, Planned, make_plan
+from .options import Options
+from .plan import Plan, Planned, make_plan
 from .shards import Checkpoint, companions
 from .verify import Contents, Finding, Progress, open_quantized
 
@@ -34,15 +34,15 @@ def verify_source(
         contents = open_quantized(directory)
         manifest = read_manifest(directory)
         options = manifest[0] if manifest else _options_as_found(contents)
-        modules = {name.module for name in contents.quantized}
-        plan = make_plan(source, options, lambda name, layers: Decision(name.module in modules, "as found"))
+        plan = make_plan(source, options, _formats(contents, options))
     except HalfbyteError as error:
         yield Finding(str(directory), str(error))
         return
     if manifest:
-        yield from _policy_agrees(source, options, modules)
-    else:
-        options = replace(options, format=_closest_format(contents, source, plan, options, device))
+        yield from _policy_agrees(source, options, contents)
+    elif fmt := _closest_format(contents, source, plan, options, device):
+        options = replace(options, format=fmt)
+        plan = make_plan(source, options, _formats(contents, options))
     if tuple(plan.ignore) != contents.quantization.ignore:
         missing = sorted(set(plan.ignore) ^ set(contents.quantization.ignore))
         yield Finding("config.json", f"the ignore list differs from the expected one by {', '.join(missing)}")
@@ -52,23 +52,38 @@ def verify_source(
 
 def _options_as_found(contents: Contents) -> Options:
     q = contents.quantization
+    nvfp4 = any(isinstance(group.format, NVFP4) for group in q.groups)
     return Options(
-        format=q.format,
+        format=NVFP4() if nvfp4 else q.groups[0].format,
         layout=q.layout,
         kv_cache="fp8" if q.kv_cache else "none",
         activations="constant" if q.activations else "none",
     )
 
 
-def _policy_agrees(source: Checkpoint, options: Options, modules: set[str]) -> Iterator[Finding]:
+def _formats(contents: Contents, options: Options) -> dict[str, Format]:
+    """Module → the format that the options give it, as far as the checkpoint's own is of that kind."""
+    formats = {}
+    for name in contents.quantized:
+        wanted, found = options.format_of(name), contents.formats[name.module]
+        formats[name.module] = wanted if type(wanted) is type(found) else found
+    return formats
+
+
+def _policy_agrees(source: Checkpoint, options: Options, contents: Contents) -> Iterator[Finding]:
+    modules = set(contents.formats)
     try:
-        planned = {item.name.module for item in make_plan(source, options).quantized}
+        formats = {item.name.module: item.format for item in make_plan(source, options).quantized}
     except HalfbyteError as error:
         yield Finding(MANIFEST, f"its policy does not fit the source: {error}")
         return
-    for module in sorted(planned ^ modules):
+    for module in sorted(formats.keys() ^ modules):
         is_quantized = "is" if module in modules else "is not"
         yield Finding(module, f"{is_quantized} quantized, against the policy in {MANIFEST}")
+    for module in sorted(formats.keys() & modules):
+        found, wanted = type(contents.formats[module]), type(formats[module])
+        if found is not wanted:
+            yield Finding(module, f"is {found.__name__}, against the {wanted.__name__} in {MANIFEST}")
 
 
 def _bytes(
@@ -81,18 +96,18 @@ def _bytes(
             for item, tensors, _ in convert_group(source, group, options, device):
                 for tensor, data in tensors.items():
                     unseen.discard(tensor)
-                    yield from _compare(found, tensor, data, options)
+                    yield from _compare(found, tensor, data, item.format)
                 progress(item.nbytes)
         except HalfbyteError as error:
             yield Finding(group[0].name.full, str(error))
     for tensor, data in kv_scales(plan, options).items():
         unseen.discard(tensor)
-        yield from _compare(found, tensor, data, options)
+        yield from _compare(found, tensor, data, None)
     for tensor in sorted(unseen):
         yield Finding(tensor, "is not in what the source gives")
 
 
-def _compare(found: Checkpoint, tensor: str, expected: Tensor, options: Options) -> Iterator[Finding]:
+def _compare(found: Checkpoint, tensor: str, expected: Tensor, fmt: Format | None) -> Iterator[Finding]:
     if tensor not in found.tensors:
         yield Finding(tensor, "is missing")
         return
@@ -103,8 +118,8 @@ def _compare(found: Checkpoint, tensor: str, expected: Tensor, options: Options)
         return
     count, first = _differences(actual, expected)
     if count:
-        rule = f"recomputed as {options.format}"
-        yield Finding(tensor, f"{count} of {actual.nbytes} bytes differ, the first at {first} ({rule})")
+        rule = f" (recomputed as {fmt})" if fmt else ""
+        yield Finding(tensor, f"{count} of {actual.nbytes} bytes differ, the first at {first}{rule}")
 
 
 def _differences(a: Tensor, b: Tensor) -> tuple[int, int]:
@@ -114,38 +129,50 @@ def _differences(a: Tensor, b: Tensor) -> tuple[int, int]:
     return len(where), int(where[0]) if len(where) else 0
 
 
-def _closest_format(contents: Contents, source: Checkpoint, plan: Plan, options: Options, device: str) -> Format:
-    """The rule whose bytes are nearest to the checkpoint's: judged on the smallest weights, until one is left."""
-    if not isinstance(options.format, NVFP4):
-        return options.format
-    groups = [group for group in plan.groups if group[0].decision.quantize]
+def _closest_format(contents: Contents, source: Checkpoint, plan: Plan, options: Options, device: str) -> NVFP4 | None:
+    """The NVFP4 rule whose bytes are nearest to the checkpoint's: judged on the smallest weights, until one is left."""
+    groups = [group for group in plan.groups if isinstance(group[0].format, NVFP4)]
 
-    def differing(fmt: Format, group: tuple[Planned, ...]) -> int:
+    def differing(fmt: NVFP4, group: tuple[Planned, ...]) -> int:
         total = 0
-        for _, tensors, _ in convert_group(source, group, replace(options, format=fmt), device):
+        members = tuple(replace(item, format=fmt) for item in group)
+        for _, tensors, _ in convert_group(source, members, options, device):
             for tensor, data in tensors.items():
                 actual = contents.checkpoint.read(tensor) if tensor in contents.checkpoint.tensors else None
                 same_kind = actual is not None and (actual.dtype, actual.shape) == (data.dtype, data.shape)
                 total += _differences(actual, data)[0] if actual is not None and same_kind else data.nbytes
         return total
 
-    candidates = list(_weight_formats())
-    for group in sorted(groups, key=lambda group: sum(item.nbytes for item in group)):
-        counts = [differing(fmt, group) for fmt in candidates]
-        candidates = [fmt for fmt, count in zip(candidates, counts, strict=True) if count == min(counts)]
-        if len(candidates) == 1:
-            break
-    return candidates[0]
+    def closest(candidates: list[NVFP4]) -> tuple[int, list[NVFP4]]:
+        for group in sorted(groups, key=lambda group: sum(item.nbytes for item in group)):
+            counts = [differing(fmt, group) for fmt in candidates]
+            candidates = [fmt for fmt, count in zip(candidates, counts, strict=True) if count == min(counts)]
+            if len(candidates) == 1 or min(counts):
+                break
+        return min(counts), candidates
+
+    if not groups:
+        return None
+    misses, found = closest(list(_quick_formats()))
+    if misses:  # the search tries 126 scales for each block: only where nothing else fits
+        fewer, searched = closest(list(_search_formats()))
+        found = searched if fewer < misses else found
+    return found[0]
 
 
-def _weight_formats() -> Iterator[NVFP4]:
-    """Every format that a checkpoint's weights can have, the usual ones first."""
+def _quick_formats() -> Iterator[NVFP4]:
+    """Every format that a checkpoint's weights can have, but for the searched ones; the usual ones first."""
     for e4m3_max in sorted(E4M3_MAX_CHOICES, reverse=True):
         yield NVFP4(e4m3_max=e4m3_max)
     for e4m3_max, error, arithmetic in itertools.product(E4M3_MAX_CHOICES, ("mae", "mse"), ("exact", "fp16")):
         yield NVFP4(scale_rule="four_over_six", e4m3_max=e4m3_max, error=error, error_arithmetic=arithmetic)  # type: ignore[arg-type]
     for e4m3_max in sorted(E4M3_MAX_CHOICES, reverse=True):
         yield NVFP4(block=(16, 16), e4m3_max=e4m3_max)
+
+
+def _search_formats() -> Iterator[NVFP4]:
+    for block, e4m3_max, error in itertools.product(((1, 16), (16, 16)), E4M3_MAX_CHOICES[::-1], ("mse", "mae")):
+        yield NVFP4(block=block, scale_rule="search", e4m3_max=e4m3_max, error=error)
 
 
 def _rest(contents: Contents, source: Checkpoint) -> Iterator[Finding]:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .. import names
 from ..errors import HalfbyteError
-from ..formats import MXFP8, NVFP4
+from ..formats import MXFP8, NVFP4, Format
 from ..names import Name
-from .config import Quantization, hf_quant_config, quantization_config, read_quantization
-from .exclusion import disagreements
+from .config import Group, Quantization, hf_quant_config, quantization_config, read_quantization
+from .exclusion import disagreements, engine_layer, excluded_by_compressed_tensors
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
+from .options import Options
 from .plan import decoder_layers
 from .schema import SCALE_PARAMETERS, Entry, kv_scale_entries, weight_entries, weight_names
 from .shards import INDEX, Checkpoint, read_json, tensor_digest
@@ -47,7 +48,14 @@ class Contents:
     checkpoint: Checkpoint
     quantization: Quantization
     quantized: tuple[Name, ...]  # by the name "….weight"
+    formats: dict[str, Format]  # module → what the config says its weight is, or what it looks like
     excluded: tuple[Name, ...]  # Linear weights in high precision, likewise
+
+    def holds_elements(self, tensor: str) -> bool:
+        """Whether a tensor is the elements of a quantized weight."""
+        module, _, parameter = tensor.rpartition(".")
+        fmt = self.formats.get(module)
+        return fmt is not None and parameter == weight_names(self.quantization.layout, fmt).elements
 
 
 def open_quantized(directory: Path) -> Contents:
@@ -58,17 +66,22 @@ def open_quantized(directory: Path) -> Contents:
     """
     checkpoint = Checkpoint(directory)
     quantization = read_quantization(checkpoint.config, str(directory / "config.json"))
-    parameters = weight_names(quantization.layout, quantization.format)
+    elements = {weight_names(quantization.layout, group.format).elements for group in quantization.groups}
     layers = decoder_layers(checkpoint)
     quantized, excluded = [], []
+    formats: dict[str, Format] = {}
     for tensor, info in checkpoint.tensors.items():
         name = names.parse(tensor, layers)
-        if name.parameter == parameters.elements and info.dtype in ("U8", "F8_E4M3"):
+        if name.parameter in elements and info.dtype in ("U8", "F8_E4M3"):
             quantized.append(names.parse(f"{name.module}.weight", layers))
+            looks_like = NVFP4() if info.dtype == "U8" else MXFP8()
+            formats[name.module] = quantization.format_of(name.module) or looks_like
         elif name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm"):
             excluded.append(name)
     order = lambda name: names.natural_key(name.full)  # noqa: E731
-    return Contents(checkpoint, quantization, tuple(sorted(quantized, key=order)), tuple(sorted(excluded, key=order)))
+    quantized.sort(key=order)
+    excluded.sort(key=order)
+    return Contents(checkpoint, quantization, tuple(quantized), formats, tuple(excluded))
 
 
 def verify_structure(directory: Path, progress: Progress = lambda done: None) -> Iterator[Finding]:
@@ -124,10 +137,14 @@ def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str,
 def _tensors_present(contents: Contents) -> Iterator[Finding]:
     """Each quantized weight has all its tensors, with the right dtypes and shapes, and there are no others."""
     quantization, tensors = contents.quantization, contents.checkpoint.tensors
-    layout, fmt = quantization.layout, quantization.format
-    elements = weight_names(layout, fmt).elements
+    layout = quantization.layout
     expected: dict[str, Entry] = {}
     for name in contents.quantized:
+        fmt = contents.formats[name.module]
+        elements = weight_names(layout, fmt).elements
+        if f"{name.module}.{elements}" not in tensors:
+            yield Finding(f"{name.module}.{elements}", "is missing")
+            continue
         shape = tensors[f"{name.module}.{elements}"].shape
         if len(shape) != 2:
             yield Finding(f"{name.module}.{elements}", f"has shape {list(shape)}; a quantized weight is 2-D")
@@ -160,8 +177,31 @@ def _exclusions(contents: Contents) -> Iterator[Finding]:
     ignore = contents.quantization.ignore
     if "lm_head" not in {name.leaf for name in contents.quantized} and not any("lm_head" in p for p in ignore):
         yield Finding("config.json", "lm_head is not quantized but missing from the ignore list")
+    yield from _assigned(contents)
     for sentence in disagreements(contents.quantization.layout, ignore, contents.quantized, contents.excluded):
         yield Finding("config.json", sentence)
+
+
+def _assigned(contents: Contents) -> Iterator[Finding]:
+    """Where precision is mixed, the config gives every quantized weight one format, and nothing else has any."""
+    groups = contents.quantization.groups
+    if len(groups) == 1:
+        return
+    modules = {name.module for name in (*contents.quantized, *contents.excluded)}
+    for layer, members in dict.fromkeys(engine_layer(name, modules) for name in contents.quantized):
+        found = [i for i, group in enumerate(groups) if _targets(group, layer, members)]
+        if len(found) != 1:
+            among = "both" if found else "none"
+            yield Finding("config.json", f"{layer} is quantized, but {among} of its groups of formats have it")
+    for name in contents.excluded:
+        if contents.quantization.format_of(name.module) is not None:
+            yield Finding("config.json", f"{name.module} is in high precision, but a group of formats has it")
+
+
+def _targets(group: Group, layer: str, members: tuple[str, ...]) -> bool:
+    """Whether an engine finds a layer in a group: by its own name, all its members', or as the parent of experts."""
+    inside = any(target.startswith(f"{layer}.") for target in group.targets)
+    return inside or excluded_by_compressed_tensors(layer, members, group.targets)
 
 
 def _values(contents: Contents, progress: Progress) -> Iterator[Finding]:
@@ -174,12 +214,12 @@ def _values(contents: Contents, progress: Progress) -> Iterator[Finding]:
         manifest = None
     digests = manifest[1] if manifest else None
     if manifest:
-        yield from _manifest_agrees(contents, manifest[0].layout, manifest[0].format)
-    scales = {f"{name.module}.weight_scale" for name in contents.quantized}
+        yield from _manifest_agrees(contents, manifest[0])
+    scales = {f"{name.module}.weight_scale": contents.formats[name.module] for name in contents.quantized}
     for tensor, info in checkpoint.tensors.items():
         data = checkpoint.read(tensor)
         if tensor in scales:
-            yield from _scale_bytes(tensor, data, contents.quantization)
+            yield from _scale_bytes(tensor, data, scales[tensor])
         elif tensor.rpartition(".")[2] in SCALE_PARAMETERS and not _positive(data.float()):
             yield Finding(tensor, f"is {data.flatten().tolist()}; a scale is positive and finite")
         if digests is not None and digests.get(tensor) != tensor_digest(data):
@@ -194,18 +234,19 @@ def _positive(data: Tensor) -> bool:
     return bool(((data > 0) & (data < torch.inf)).all())
 
 
-def _manifest_agrees(contents: Contents, layout: str, fmt: object) -> Iterator[Finding]:
+def _manifest_agrees(contents: Contents, options: Options) -> Iterator[Finding]:
     quantization = contents.quantization
-    if layout != quantization.layout:
-        yield Finding(MANIFEST, f"says layout {layout}, config.json says {quantization.layout}")
-    if type(fmt) is not type(quantization.format):
-        declared = type(quantization.format).__name__
-        yield Finding(MANIFEST, f"says {type(fmt).__name__}, config.json says {declared}")
+    if options.layout != quantization.layout:
+        yield Finding(MANIFEST, f"says layout {options.layout}, config.json says {quantization.layout}")
+    says = {type(fmt).__name__ for fmt in options.formats}
+    declared = {type(group.format).__name__ for group in quantization.groups}
+    if not declared <= says:
+        yield Finding(MANIFEST, f"says {' and '.join(sorted(says))}, config.json says {' and '.join(sorted(declared))}")
 
 
-def _scale_bytes(tensor: str, data: Tensor, quantization: Quantization) -> Iterator[Finding]:
+def _scale_bytes(tensor: str, data: Tensor, fmt: Format) -> Iterator[Finding]:
     scale = data.reshape(-1).view(torch.uint8)
-    if isinstance(quantization.format, MXFP8):
+    if isinstance(fmt, MXFP8):
         if count := int((scale == 255).sum()):
             yield Finding(tensor, f"{count} block scales are NaN (0xFF)")
         return
@@ -217,7 +258,6 @@ def _scale_bytes(tensor: str, data: Tensor, quantization: Quantization) -> Itera
 
 def _fused(contents: Contents) -> Iterator[Finding]:
     """Layers that engines fuse have all their parts, all quantized or none, under one tensor scale."""
-    parameters = weight_names(contents.quantization.layout, contents.quantization.format)
     groups: defaultdict[str, list[Name]] = defaultdict(list)
     for name in contents.quantized:
         if name.fused is not None:
@@ -233,6 +273,11 @@ def _fused(contents: Contents) -> Iterator[Finding]:
             lone = members[0]
             if lone.leaf != lone.partners[-1]:
                 yield Finding(layer, f"has {lone.leaf} but not its other half")
+        formats = {type(contents.formats[name.module]) for name in members}
+        if len(formats) > 1:
+            yield Finding(layer, "engines fuse its parts, but some are NVFP4 and some MXFP8")
+            continue
+        parameters = weight_names(contents.quantization.layout, contents.formats[members[0].module])
         for parameter in (parameters.tensor_scale, parameters.input_scale):
             tensors = [f"{name.module}.{parameter}" for name in members]
             values = {

@@ -12,7 +12,8 @@ from rich.text import Text
 from ..checkpoint.convert import Report
 from ..checkpoint.engines import serve_commands
 from ..checkpoint.manifest import format_to_json
-from ..checkpoint.plan import Options, Plan
+from ..checkpoint.options import Options
+from ..checkpoint.plan import Plan, Planned
 from ..formats import Format
 
 
@@ -34,6 +35,11 @@ def format_name(fmt: Format) -> str:
     return f"NVFP4 {data['block'][0]}×{data['block'][1]}, {rule}, E = {data['e4m3_max']}"
 
 
+def formats_name(options: Options) -> str:
+    """All formats of the options in a few words."""
+    return " and ".join(dict.fromkeys(map(format_name, options.formats)))
+
+
 def _worst(report: Report, count: int = 5) -> list[Any]:
     return sorted(report.weights, key=lambda weight: -weight.relative_error)[:count]
 
@@ -43,20 +49,23 @@ def report_json(report: Report) -> dict[str, Any]:
     kinds = {kind: report.relative_error(weights) for kind, weights in report.by_kind().items()}
     return {
         "output": str(report.output),
-        "format": format_to_json(report.options.format),
+        **_options_json(report.options),
         "layout": report.options.layout,
         "source_bytes": report.source_bytes,
         "output_bytes": report.output_bytes,
         "bits_per_weight": report.bits_per_weight,
         "weights_quantized": len(report.weights),
         "tensors_kept": report.kept,
+        "weights_to_search": report.to_search,
+        "weights_searched": report.searched,
         "fused_groups": report.fused_groups,
+        "unequal_fused_scales": report.unequal_fused_scales,
         "shards": report.shards,
         "relative_error": report.relative_error(),
         "relative_error_by_kind": kinds,
         "worst": [{"tensor": w.name, "relative_error": w.relative_error} for w in _worst(report)],
         "seconds": report.seconds,
-        "serve": serve_commands(report.output, report.options, _has_experts(report)),
+        "serve": _serve(report),
     }
 
 
@@ -65,13 +74,15 @@ def print_report(console: Console, report: Report) -> None:
     shrink = report.source_bytes / report.output_bytes
     console.print(
         Text(str(report.output), style="bold"),
-        f" {format_name(report.options.format)}, {report.options.layout} layout: "
+        f" {formats_name(report.options)}, {report.options.layout} layout: "
         f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s",
     )
     console.print(
         f"{len(report.weights)} weights at {report.bits_per_weight:.3f} bits each, {report.kept} tensors kept, "
         f"{report.fused_groups} fused groups under one tensor scale, {report.shards} shard(s)"
     )
+    searched = f"weights searched {report.searched} of {report.to_search}, " if report.to_search else ""
+    console.print(f"{searched}unequal fused scales {report.unequal_fused_scales}")
     kinds = Table("kind", "weights", "elements", "relative error", title="Error by kind", title_justify="left")
     for kind, weights in sorted(report.by_kind().items()):
         elements = sum(weight.elements for weight in weights)
@@ -82,40 +93,50 @@ def print_report(console: Console, report: Report) -> None:
         worst.add_row(Text(weight.name, overflow="fold"), f"{weight.relative_error:.4%}")
     console.print(kinds, worst)
     serve = Table("engine", "command", title="Load it with", title_justify="left")
-    for engine, command in serve_commands(report.output, report.options, _has_experts(report)).items():
+    for engine, command in _serve(report).items():
         serve.add_row(engine, Text(command, overflow="fold"))
     console.print(serve)
 
 
-def _has_experts(report: Report) -> bool:
-    return any(".experts." in weight.name for weight in report.weights)
+def _serve(report: Report) -> dict[str, str]:
+    has_experts = any(".experts." in weight.name for weight in report.weights)
+    return serve_commands(report.output, report.options, {type(w.format) for w in report.weights}, has_experts)
+
+
+def _options_json(options: Options) -> dict[str, Any]:
+    """The formats and the recipe's name."""
+    overrides = [{"format": format_to_json(o.format), "match": o.match, "kinds": o.kinds} for o in options.overrides]
+    name = None if options.recipe is None else options.recipe["name"]
+    return {"recipe": name, "format": format_to_json(options.format), "overrides": overrides}
+
+
+def _becomes(item: Planned) -> str:
+    return format_to_json(item.format)["name"] if item.format else item.dtype.lower()
 
 
 def plan_json(plan: Plan, options: Options) -> dict[str, Any]:
     """A plan as plain values."""
-    name = format_to_json(options.format)["name"]
     tensors = [
         {
             "tensor": item.name.full,
             "shape": list(item.shape),
             "dtype": item.dtype,
-            "becomes": name if item.decision.quantize else item.dtype.lower(),
+            "becomes": _becomes(item),
             "reason": item.decision.reason,
             "source": item.source,
         }
         for item in plan
     ]
-    return {"format": format_to_json(options.format), "layout": options.layout, "tensors": tensors}
+    return {**_options_json(options), "layout": options.layout, "tensors": tensors}
 
 
 def print_plan(console: Console, plan: Plan, options: Options) -> None:
     """Every tensor, what becomes of it, and why."""
-    name = format_to_json(options.format)["name"]
-    table = Table("tensor", "shape", "becomes", "why", title=f"Plan: {format_name(options.format)}, {options.layout}")
+    table = Table("tensor", "shape", "becomes", "why", title=f"Plan: {formats_name(options)}, {options.layout}")
     for item in plan:
-        becomes = Text(name, style="green") if item.decision.quantize else Text(item.dtype.lower(), style="dim")
+        becomes = Text(_becomes(item), style="green" if item.format else "dim")
         shape = "×".join(map(str, item.shape))
         table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, Text(item.decision.reason))
-    totals = Counter((name if item.decision.quantize else "kept", item.decision.reason) for item in plan)
+    totals = Counter((_becomes(item) if item.format else "kept", item.decision.reason) for item in plan)
     lines = [Text(f"{count:6}  {state}: {reason}") for (state, reason), count in totals.items()]
     console.print(Group(table, *lines, Text("Nothing was written.")))
