@@ -26,7 +26,7 @@ def observed(layer: nn.Module, wanted: bool) -> Iterator[dict[str, list[Tensor]]
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    configs = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     paths = {id(module): path for path, module in layer.named_modules()}
     maxima: dict[str, list[Tensor]] = {}

@@ -88,12 +88,13 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     """transformers' experts, one after the other, with their inputs shown to taps."""
     if not self.has_gate or self.has_bias or self.is_transposed or not self.is_concatenated:
         raise UnsupportedError(f"{type(self).__name__}: only gated experts [E, 2I, H] without biases are calibrated")
-    taps, every_expert, counts = getattr(self, "halfbyte", ({}, False, None))
+    observed: tuple[dict[tuple[int, str], Tap], bool, Tensor | None] = getattr(self, "halfbyte", ({}, False, None))
+    taps, every_expert, counts = observed
+    everything = every_expert and bool(taps)
     out = torch.zeros_like(hidden_states)
-    last = None
+    last: Tap | None = None
     for expert in range(self.num_experts):
         token, position = torch.where(top_k_index == expert)
-        everything = every_expert and taps
         if counts is not None:
             counts[expert] += len(token)
         if not len(token) and not everything:

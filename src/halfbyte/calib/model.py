@@ -87,22 +87,23 @@ def open_decoder(
 
 
 def _layers_path(model: nn.Module, count: int, wanted: str | None, where: object) -> str:
+    """Where the decoder layers are in transformers' model: the one list of as many modules as the config has layers."""
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    listed = ", ".join(f"{name} ({size})" for name, size in lists.items() if "." not in name.partition("layers.")[2])
+    outermost = [
+        f"{name} ({size})" for name, size in lists.items() if not any(part.isdigit() for part in name.split("."))
+    ]
+    listed = f"its lists of modules are {', '.join(outermost)}" if outermost else "it has no list of modules"
+    what = type(model).__name__
     if wanted is not None:
         if lists.get(wanted) != count:
-            raise CheckpointError(
-                f"{where}: --layers-path {wanted}: not a list of {count} layers in {type(model).__name__}; "
-                f"it has {listed or 'no lists'}"
-            )
+            raise CheckpointError(f"{where}: --layers-path {wanted}: not {count} layers of {what}; {listed}")
         return wanted
-    found = [
-        name for name, size in lists.items() if size == count and name.rpartition(".")[2] in ("layers", "h", "blocks")
-    ]
+    leaves = ("layers", "h", "blocks")
+    found: list[str] = [name for name, size in lists.items() if size == count and name.rpartition(".")[2] in leaves]
     if len(found) != 1:
         raise CheckpointError(
-            f"{where}: which of {type(model).__name__}'s modules are its {count} decoder layers is not clear: give "
-            f"--layers-path, such as model.layers; it has {listed or 'no lists'}"
+            f"{where}: which modules of {what} are its {count} decoder layers is not clear; say so with --layers-path, "
+            f"such as --layers-path model.layers; {listed}"
         )
     return found[0]
 

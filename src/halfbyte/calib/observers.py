@@ -133,7 +133,8 @@ class HessianObserver:
 def diagonal_blocks(hessian: Tensor) -> Tensor:
     """(K, K) → (K/16, 16, 16)."""
     tiles = hessian.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
-    return tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()
+    blocks: Tensor = tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()
+    return blocks
 
 
 def _not_finite(name: str) -> str:

@@ -44,7 +44,10 @@ class Ranks:
         return span * self.world // SPANS
 
     def sum_spans(self, own: dict[int, Tensor], like: Tensor) -> Tensor:
-        """The sum over all spans, first to last, on every rank. own: span → this rank's sum; like: what one looks like."""
+        """The sum over all spans, first to last, on every rank.
+
+        own: span → this rank's sum. like: a tensor of the same shape.
+        """
         total = torch.zeros_like(like)
         for span in range(SPANS):
             part = own[span] if self.owner(span) == self.rank else torch.empty_like(like)

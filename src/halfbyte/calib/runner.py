@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.manifest import format_to_json
-from ..checkpoint.plan import Options, Plan, Planned, make_plan
+from ..checkpoint.manifest import options_to_json
+from ..checkpoint.options import Options
+from ..checkpoint.plan import Plan, make_plan
 from ..checkpoint.shards import Checkpoint
 from ..formats import NVFP4
 from ..version import __version__
@@ -35,10 +36,11 @@ Progress = Callable[[str, float], None]  # what is being done, and the share of 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a calibration found: a report on each group, and warnings in words."""
+    """What a calibration found: a report on each group, warnings in words, tokens routed to each expert."""
 
     groups: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
+    routed: dict[str, list[int]]
 
     @property
     def saturated(self) -> int:
@@ -70,10 +72,7 @@ def run(
         "halfbyte_version": __version__,
         "torch_version": torch.__version__,
         "source": fingerprint(checkpoint),
-        "format": format_to_json(options.format),
-        "policy": options.policy.to_json(),
-        "activations": options.activations,
-        "kv_cache": options.kv_cache,
+        "options": {key: value for key, value in options_to_json(options).items() if key not in ("layout", "recipe")},
         "calibration": calibration.to_json(),
         "data": {"sha256": windows.digest, "samples": len(windows.ids), "sequence_length": windows.ids.shape[1]},
     }
@@ -85,7 +84,7 @@ def run(
     ranks.wait()
     if ranks.rank > 0:
         store = Store(work, settings, resume=True)
-    groups = _groups(plan, decoder, options)
+    groups = _groups(plan, decoder)
     with tempfile.TemporaryDirectory(prefix="activations-", dir=work) as spilled:
         states = Activations(windows.ids, ranks, Path(spilled), calibration.spill)
         embed(decoder, states, device)
@@ -101,21 +100,17 @@ def summarize(store: Store) -> Summary:
     """A calibration in figures, with what a user should know in words."""
     groups = [group for _, layer in sorted(store.layers.items()) for group in layer["groups"]]
     warnings = [warning for _, layer in sorted(store.layers.items()) for warning in layer["warnings"]]
-    return Summary(tuple(groups), tuple(warnings))
+    routed = {path: counts for layer in store.layers.values() for path, counts in layer["routed"].items()}
+    return Summary(tuple(groups), tuple(warnings), routed)
 
 
-def _groups(plan: Plan, decoder: Decoder, options: Options) -> list[list[list[Member]]]:
+def _groups(plan: Plan, decoder: Decoder) -> list[list[list[Member]]]:
     """For each layer, its fused groups of NVFP4 weights."""
     places = {item.name.full: (i, local) for i, items in enumerate(decoder.items) for local, item in items.items()}
     layers: list[list[list[Member]]] = [[] for _ in decoder.layers]
     for group in plan.groups:
-        fmt = format_of(group[0], options)
+        fmt = group[0].format
         if isinstance(fmt, NVFP4) and group[0].name.full in places:
             members = [Member(item.name.full, places[item.name.full][1], fmt) for item in group]
             layers[places[group[0].name.full][0]].append(members)
     return layers
-
-
-def format_of(item: Planned, options: Options) -> Any:
-    """The format that a tensor gets; None where it stays as it is."""
-    return options.format if item.decision.quantize else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.manifest import format_to_json
-from ..checkpoint.plan import Options
+from ..checkpoint.options import Options
 from ..checkpoint.shards import Checkpoint
 from ..errors import CheckpointError, ShapeError
 from ..tensor import QuantizedTensor
@@ -88,14 +88,14 @@ class Step:
         found = {path: statistics[id(site)] for path, site in sites.items()}
         tensors = self._quantize(found)
         amaxes, warnings = self._inputs(found)
-        routed = {path: self.ranks.total(count).tolist() for path, count in counts.items()}
+        prefix = self._prefix()
+        routed = {f"{prefix}{path}": self.ranks.total(count).tolist() for path, count in counts.items()}
         summary = {
             "groups": [report.to_json() for report in self._reports],
             "formats": {m.name: format_to_json(m.format) for group in self.groups for m in group},
             "routed": routed,
-            "warnings": [*warnings, *self._starving(routed)],
+            "warnings": [*warnings, *_starving(routed)],
         }
-        prefix = self._prefix()
         for path, cache in caches.items():
             for part, amax in zip("kv", cache, strict=True):
                 tensors[f"{prefix}{path}:{part}_amax"] = self.ranks.maximum(amax)
@@ -154,16 +154,6 @@ class Step:
                 tensors[f"{member.name.removesuffix('.weight')}:input_amax"] = amax.clone()
         return tensors, warnings
 
-    def _starving(self, routed: dict[str, list[int]]) -> list[str]:
-        prefix = self._prefix()
-        return [
-            f"{prefix}{path}.{expert}: {count} tokens, where {sum(counts) / len(counts):.0f} are average; more data, or "
-            "every_expert, would help it"
-            for path, counts in routed.items()
-            for expert, count in enumerate(counts)
-            if count < STARVING * sum(counts) / len(counts)
-        ]
-
     def _prefix(self) -> str:
         """What the names of the layer's tensors begin with in the checkpoint."""
         return next(i.name.full.removesuffix(local) for local, i in self.items.items() if i.name.full.endswith(local))
@@ -172,3 +162,13 @@ class Step:
 def _template(path: str) -> str:
     """A path with its indices blanked: the same place in all experts."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _starving(routed: dict[str, list[int]]) -> list[str]:
+    return [
+        f"{path}.{expert}: {count} tokens, of {sum(counts) / len(counts):.0f} on average; more data, or every token "
+        "shown to every expert, would help it"
+        for path, counts in routed.items()
+        for expert, count in enumerate(counts)
+        if count < STARVING * sum(counts) / len(counts)
+    ]

@@ -25,7 +25,9 @@ KV_DIVISOR = 448.0
 
 
 class Store:
-    """A directory with `calibration.json` and two files for each layer that is done; a `checkpoint.calibrated.Calibrated`.
+    """A directory with `calibration.json` and two files for each layer that is done.
+
+    It is what `checkpoint.calibrated.Calibrated` asks for.
 
     Raises:
         CheckpointError: the directory belongs to a calibration with other settings.

@@ -1,8 +1,8 @@
 """One step of GPTQ in plain torch: sixteen columns rounded one after the other, each error passed on to the next.
 
-With U the upper Cholesky factor of an inverse Hessian, rounding column j with error e = (x − q) / U[j, j] moves the columns
-after it by −e · U[j, j+1:]; Σ e² is what the layer's output loses once all later columns have made up for it as
-well as they can. So it is also what a block's scale is chosen by.
+With U the upper Cholesky factor of an inverse Hessian, rounding column j with error e = (x − q) / U[j, j] moves the
+columns after it by −e · U[j, j+1:]; Σ e² is what the layer's output loses once all later columns have made up for it
+as well as they can. So it is also what a block's scale is chosen by.
 """
 
 import torch
