@@ -175,6 +175,7 @@ def verify(
 ) -> None:
     """Prove a quantized checkpoint: exit code 0 if nothing is wrong with it, 1 if something is."""
     from .checkpoint.hub import resolve
+    from .checkpoint.manifest import is_calibrated
     from .checkpoint.recompute import verify_source
     from .checkpoint.shards import Checkpoint
     from .checkpoint.verify import Finding, verify_structure
@@ -195,7 +196,11 @@ def verify(
     def show(console: Console) -> None:
         for finding in unique:
             console.print(f"[red]✗[/] {escape(str(finding))}", highlight=False)
-        scope = "every byte is what its source gives" if source else "structure and digests (add --source to recompute)"
+        scope = "structure and digests (add --source to recompute)"
+        if source is not None:
+            scope = "every byte is what its source gives"
+            if is_calibrated(out_dir):
+                scope = "structure and digests; every calibrated weight is as near its source as it should be"
         name = escape(str(out_dir))
         console.print(f"{name}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {name}: {scope}")
 

@@ -44,7 +44,6 @@ def calibrate(
 
     from .calib.calibrate import calibrate as run
     from .calib.calibrate import join_ranks, model_windows
-    from .calib.data import shipped
     from .calib.gptq import GPTQ
     from .calib.observers import ObserverOptions
     from .calib.options import Calibration
@@ -75,7 +74,7 @@ def calibrate(
         )
         where, rank = join_ranks(usable_device(device))
         source = resolve(model)
-        windows = model_windows(source, data or shipped(), samples, sequence_length)
+        windows = model_windows(source, data, samples, sequence_length)
         with watched(rank == 0) as show:
             report, summary = run(
                 source,

@@ -71,8 +71,8 @@ def join_ranks(device: str) -> tuple[str, int]:
     return device, dist.get_rank()
 
 
-def model_windows(source: Path, data: Path, samples: int, sequence_length: int) -> Windows:
-    """Windows of a file in a model's own tokens.
+def model_windows(source: Path, data: Path | None, samples: int, sequence_length: int) -> Windows:
+    """Windows of a file, or of the shipped text, in a model's own tokens.
 
     Raises:
         CheckpointError, UnsupportedError: as `load_windows`, or the model has no tokenizer that transformers can load.

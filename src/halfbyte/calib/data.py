@@ -31,18 +31,28 @@ class Windows:
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
 
 
-def shipped() -> Path:
-    """The small calibration set that comes with halfbyte."""
-    return Path(str(files("halfbyte"))) / "data" / "text" / "train.txt"
+def shipped() -> str:
+    """The small calibration set that comes with halfbyte: the calibration and training texts, without evaluation text.
+
+    Topics of the evaluation text are not among them, but some paragraphs stand in several topics: those are left out.
+    """
+    folder = Path(str(files("halfbyte"))) / "data" / "text"
+    texts = {name: _read(folder / f"{name}.txt").split("\n\n") for name in ("calibration", "train", "evaluation")}
+    evaluated = {" ".join(paragraph.split()) for paragraph in texts["evaluation"]}
+    kept = (p for p in texts["calibration"] + texts["train"] if " ".join(p.split()) not in evaluated)
+    return "\n\n".join(kept)
 
 
-def load_windows(path: Path, tokenizer: Any, vocabulary: int, samples: int = 64, sequence_length: int = 512) -> Windows:
+def load_windows(
+    path: Path | None, tokenizer: Any, vocabulary: int, samples: int = 64, sequence_length: int = 512
+) -> Windows:
     """Cut a text, jsonl or parquet file into windows, spread evenly over all of it.
 
     Each window starts with the tokenizer's BOS, if it has one. Documents follow each other in one stream of tokens.
 
     Args:
-        path: a text file; or one of records with a "text", or with "messages" for the tokenizer's chat template.
+        path: a text file, or one of records with a "text" or with "messages" for the tokenizer's chat template; None
+            for the text that comes with halfbyte.
         tokenizer: as transformers' AutoTokenizer gives it.
         vocabulary: number of the model's token ids.
         samples, sequence_length: how many windows, and tokens in each, BOS included.
@@ -54,26 +64,27 @@ def load_windows(path: Path, tokenizer: Any, vocabulary: int, samples: int = 64,
     if samples < 1 or sequence_length < 2:
         raise CheckpointError(f"samples={samples}, sequence_length={sequence_length}: at least 1 window of 2 tokens")
     ids: list[int] = []
-    for text in _documents(path, tokenizer):
+    for text in [shipped()] if path is None else _documents(path, tokenizer):
         ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    where = "the shipped text" if path is None else str(path)
     if not ids:
-        raise CheckpointError(f"{path}: there is no text in it")
+        raise CheckpointError(f"{where}: there is no text in it")
     if max(ids) >= vocabulary:
         raise CheckpointError(
-            f"{path}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}; the tokenizer does not belong "
-            "to this model"
+            f"{where}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}; the tokenizer does not "
+            "belong to this model"
         )
     bos = [] if getattr(tokenizer, "bos_token_id", None) is None else [int(tokenizer.bos_token_id)]
     length = sequence_length - len(bos)
     if len(ids) < samples * length:
         fit = len(ids) // length
         raise CheckpointError(
-            f"{path}: {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; give more text, "
+            f"{where}: {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; give more text, "
             + (f"or at most --samples {fit}" if fit else f"or a --sequence-length of at most {len(ids)}")
         )
     stride = (len(ids) - length) // max(samples - 1, 1)
     windows = [bos + ids[i * stride : i * stride + length] for i in range(samples)]
-    return Windows(torch.tensor(windows), str(path))
+    return Windows(torch.tensor(windows), where)
 
 
 def _documents(path: Path, tokenizer: Any) -> Iterator[str]:

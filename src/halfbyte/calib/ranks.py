@@ -7,6 +7,7 @@ Floating point never sees another order.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,11 @@ class Ranks:
         """One rank's value, on all."""
         if self.world == 1:
             return value
-        values = [value]
+        buffer = io.BytesIO()  # torch.save, because torch's own pickling of objects does not know float8
+        torch.save(value, buffer)
+        values = [buffer.getvalue()]
         dist.broadcast_object_list(values, owner)
-        return values[0]
+        return torch.load(io.BytesIO(values[0]), weights_only=False)
 
     def wait(self) -> None:
         """Until all are here."""
