@@ -36,7 +36,7 @@ def test_calibrate_and_verify(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "nvfp4"], "needs no data"),
+        (["--recipe", "nvfp4-w4a16"], "needs no data"),
         (["--recipe", "nvfp4-gptw"], "did you mean nvfp4-gptq"),
         (["--samples", "100000"], "give more text"),
         (["--data", "none.txt"], "no such file"),
