@@ -28,6 +28,7 @@ ALLOWED = {
     "policy": BASE | {"names"},
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
     "recipe": BASE | {"policy", "names", "checkpoint"},
+    "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

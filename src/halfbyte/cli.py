@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .checkpoint.config import Activations, KVCache
 from .checkpoint.options import Options
 from .checkpoint.schema import Layout
-from .errors import FormatError, HalfbyteError
+from .cli_calibrate import calibrate
+from .cli_tools import Device, Json, emit, errors, escape, progress, status, usable_device, warn
+from .errors import FormatError
 from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
 from .policy import Only, Policy
 from .version import __version__
@@ -29,9 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="NVFP4 and MXFP8 checkpoints: convert, verify, dequantize. The same bytes on every machine.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …")]
 
 
 @app.command(
@@ -96,7 +92,7 @@ def convert(
     from .checkpoint.shards import Checkpoint
     from .report.console import plan_json, print_plan, print_report, report_json
 
-    with _errors(as_json):
+    with errors(as_json):
         options = _recipe_options(ctx, recipe, changes, layout) or Options(
             format=_format(format, scale_rule, error, e4m3_max, error_arithmetic),
             layout=cast(Layout, layout),
@@ -119,23 +115,30 @@ def convert(
         checkpoint = Checkpoint(source)
         if dry_run:
             plan = make_plan(checkpoint, options)
-            _emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
+            emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
             return
         if options.activations == "constant":
-            _warn(
+            warn(
                 "input scale 1.0 everywhere: right for engines that scale activations per token; those with a static "
                 "scale clip activations beyond 2688 and flush small ones"
             )
-        with _progress("convert", checkpoint.nbytes) as advance:
+        with progress("convert", checkpoint.nbytes) as advance:
             report = run(
                 source,
                 out_dir,
                 options,
-                device=_device(device),
+                device=usable_device(device),
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 progress=advance,
             )
-        _emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
+        emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
+
+
+app.command(
+    epilog="Examples: `halfbyte calibrate Qwen/Qwen3-0.6B out --recipe nvfp4-gptq` · "
+    "`halfbyte calibrate ./moe out --recipe nvfp4-gptq --data chats.jsonl --samples 256 --every-expert` · "
+    "`torchrun --nproc-per-node 4 -m halfbyte calibrate ./model out --recipe nvfp4-gptq --data text.txt`"
+)(calibrate)
 
 
 @app.command(epilog="Examples: `halfbyte recipes` · `halfbyte recipes nvfp4-search > mine.yaml`")
@@ -147,11 +150,11 @@ def recipes(
     from .recipe import builtin_recipes, load_recipe, recipe_text
     from .report.recipes import print_recipes
 
-    with _errors(as_json):
+    with errors(as_json):
         if name is None:
             found = builtin_recipes()
             rows = [{**recipe.to_json(), "needs_data": recipe.needs_data} for recipe in found.values()]
-            _emit(as_json, lambda: {"recipes": rows}, lambda console: print_recipes(console, found))
+            emit(as_json, lambda: {"recipes": rows}, lambda console: print_recipes(console, found))
         else:
             recipe = load_recipe(name)
             text = recipe_text(name)
@@ -172,31 +175,36 @@ def verify(
 ) -> None:
     """Prove a quantized checkpoint: exit code 0 if nothing is wrong with it, 1 if something is."""
     from .checkpoint.hub import resolve
+    from .checkpoint.manifest import is_calibrated
     from .checkpoint.recompute import verify_source
     from .checkpoint.shards import Checkpoint
     from .checkpoint.verify import Finding, verify_structure
 
-    with _errors(as_json):
+    with errors(as_json):
         if not out_dir.is_dir():
             raise FormatError(f"{out_dir}: no such directory")
         total = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
-        with _progress("structure", total) as advance:
+        with progress("structure", total) as advance:
             findings: list[Finding] = list(verify_structure(out_dir, advance))
         if source is not None:
             source_path = resolve(source)
-            with _progress("against source", Checkpoint(source_path).nbytes) as advance:
-                findings += verify_source(out_dir, source_path, _device(device), advance)
+            with progress("against source", Checkpoint(source_path).nbytes) as advance:
+                findings += verify_source(out_dir, source_path, usable_device(device), advance)
     unique = list(dict.fromkeys(findings))
     data = {"ok": not unique, "findings": [{"where": f.where, "what": f.what} for f in unique]}
 
     def show(console: Console) -> None:
         for finding in unique:
-            console.print(f"[red]✗[/] {_escape(str(finding))}", highlight=False)
-        scope = "every byte is what its source gives" if source else "structure and digests (add --source to recompute)"
-        name = _escape(str(out_dir))
+            console.print(f"[red]✗[/] {escape(str(finding))}", highlight=False)
+        scope = "structure and digests (add --source to recompute)"
+        if source is not None:
+            scope = "every byte is what its source gives"
+            if is_calibrated(out_dir):
+                scope = "structure and digests; every calibrated weight is as near its source as it should be"
+        name = escape(str(out_dir))
         console.print(f"{name}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {name}: {scope}")
 
-    _emit(as_json, lambda: data, show)
+    emit(as_json, lambda: data, show)
     raise typer.Exit(1 if unique else 0)
 
 
@@ -212,11 +220,11 @@ def dequantize(
     from .checkpoint.dequantize import dequantize as run
     from .report.console import size
 
-    with _errors(as_json):
-        with _progress("dequantize", None) as advance:
-            written = run(quantized_dir, out_dir, dtype=dtype, device=_device(device), progress=advance)
+    with errors(as_json):
+        with progress("dequantize", None) as advance:
+            written = run(quantized_dir, out_dir, dtype=dtype, device=usable_device(device), progress=advance)
         data = {"output": str(out_dir), "bytes": written, "dtype": dtype}
-        _emit(as_json, lambda: data, lambda console: console.print(f"[bold]{out_dir}[/]: {size(written)} in {dtype}"))
+        emit(as_json, lambda: data, lambda console: console.print(f"[bold]{out_dir}[/]: {size(written)} in {dtype}"))
 
 
 @app.command(epilog="Example: `halfbyte demo`")
@@ -229,9 +237,9 @@ def demo(
     """Convert the tiny model that ships with halfbyte in several ways, load each result, and compare."""
     from .demo import print_demo, run_demo
 
-    with _errors(as_json), _status("loading the shipped model") as update:
+    with errors(as_json), status("loading the shipped model") as update:
         rows = run_demo(out_dir, update)
-    _emit(as_json, lambda: {"rows": [row.to_json() for row in rows]}, lambda console: print_demo(console, rows))
+    emit(as_json, lambda: {"rows": [row.to_json() for row in rows]}, lambda console: print_demo(console, rows))
 
 
 def _version(wanted: bool) -> None:
@@ -292,71 +300,6 @@ def _recipe_options(ctx: typer.Context, name: str | None, changes: list[str] | N
         remedy = f"use `halfbyte calibrate MODEL OUT_DIR --recipe {name} --data FILE`"
         raise FormatError(f"--recipe {name}: {', '.join(recipe.reasons_for_data)} needs calibration data: {remedy}")
     return recipe.options(cast(Layout, layout))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise FormatError(f"--device {name}: not a device ({str(error).splitlines()[0]})") from error
-    if device.type not in ("cpu", "cuda"):
-        raise FormatError(f"--device {name}: choose auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FormatError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
-    return name
-
-
-def _emit(as_json: bool, data: Callable[[], dict[str, Any]], show: Callable[[Console], None]) -> None:
-    if as_json:
-        print(json.dumps(data(), indent=2, ensure_ascii=False))
-    else:
-        show(Console())
-
-
-def _warn(message: str) -> None:
-    Console(stderr=True).print(f"[yellow]warning:[/] {message}", highlight=False)
-
-
-def _fail(message: str, as_json: bool) -> NoReturn:
-    if as_json:
-        print(json.dumps({"error": message}, ensure_ascii=False))
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}", highlight=False)
-    raise typer.Exit(2)
-
-
-def _escape(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)
-
-
-@contextlib.contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    try:
-        yield
-    except HalfbyteError as error:
-        _fail(str(error), as_json)
-    except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), as_json)
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda done: progress.advance(task, done)
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    with Console(stderr=True).status(text) as status:
-        yield status.update
 
 
 if __name__ == "__main__":

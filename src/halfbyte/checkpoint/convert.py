@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..formats import MXFP8, NVFP4, Format
 from ..functional import quantize
 from ..tensor import QuantizedTensor
+from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
 from .exclusion import target_list
 from .manifest import write_manifest
@@ -104,13 +105,15 @@ def convert(
     output: Path,
     options: Options,
     *,
+    calibrated: Calibrated | None = None,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda done: None,
 ) -> Report:
     """Convert a model directory into a new one, which appears whole or not at all.
 
-    The bytes of the output depend on the weights and the options alone, not on how the source is sharded.
+    The bytes of the output depend on the weights and the options alone, not on how the source is sharded; and on what
+    `calibrated` gives, which is written as it is.
 
     Raises:
         CheckpointError: anything wrong with the source, the options for it, or the output place; nothing is left
@@ -119,7 +122,7 @@ def convert(
     start = time.monotonic()
     checkpoint = Checkpoint(source)
     plan = make_plan(checkpoint, options)
-    if reason := options.needs_data:
+    if calibrated is None and (reason := options.needs_data):
         raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
     with whole_or_nothing(output) as target:
         shards = shard(output_entries(plan, options), max_shard_bytes)
@@ -132,7 +135,7 @@ def convert(
                 writers |= dict.fromkeys(entries, stack.enter_context(ShardWriter(target / file, entries)))
             for group in plan.groups:
                 scales = set()
-                for item, tensors, report in convert_group(checkpoint, group, options, device):
+                for item, tensors, report in convert_group(checkpoint, group, options, device, calibrated):
                     for name, tensor in tensors.items():
                         digests[name] = writers[name].write(name, tensor)
                     if report:
@@ -140,7 +143,7 @@ def convert(
                         scales.add(report.tensor_scale)
                     progress(item.nbytes)
                 unequal += len(scales) > 1
-            for name, tensor in kv_scales(plan, options).items():
+            for name, tensor in kv_scales(plan, options, calibrated).items():
                 digests[name] = writers[name].write(name, tensor)
         sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
         if len(shards) > 1:
@@ -148,7 +151,7 @@ def convert(
             write_index(target, weight_map, sum(sizes.values()))
         copy_companions(source, target)
         write_configs(target, checkpoint, plan, options)
-        write_manifest(target, options, digests)
+        write_manifest(target, options, digests, None if calibrated is None else calibrated.to_json())
     return Report(
         output=output,
         options=options,
@@ -198,7 +201,11 @@ def shard(groups: Iterable[Mapping[str, Entry]], max_bytes: int) -> dict[str, di
 
 
 def convert_group(
-    checkpoint: Checkpoint, group: tuple[Planned, ...], options: Options, device: torch.device | str
+    checkpoint: Checkpoint,
+    group: tuple[Planned, ...],
+    options: Options,
+    device: torch.device | str,
+    calibrated: Calibrated | None = None,
 ) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
     """The output tensors of each member of a group, quantized under one tensor scale."""
     fmt = group[0].format
@@ -208,11 +215,29 @@ def convert_group(
         return
     weights = [checkpoint.read(item.source, item.index).to(device) for item in group]
     amax = group_amax(checkpoint, group, weights)
-    input_scale = CONSTANT_INPUT_SCALE if options.activations == "constant" else None
     for item, weight in zip(group, weights, strict=True):
-        q = quantize_weight(weight, fmt, amax)
+        input_scale = _input_scale(item, options, calibrated)
+        q = calibrated.weight(item.name.full) if calibrated else None
+        if q is None:
+            q = quantize_weight(weight, fmt, amax)
+        elif tuple(q.shape) != item.shape:
+            raise CheckpointError(
+                f"{item.name.full}: calibrated as {list(q.shape)}, but its shape is {list(item.shape)}"
+            )
         tensors = weight_tensors(options.layout, item.name.module, q, input_scale)
         yield item, tensors, _report(item, weight, q)
+
+
+def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:
+    if options.activations != "calibrated" or not isinstance(item.format, NVFP4):
+        return CONSTANT_INPUT_SCALE if options.activations == "constant" else None
+    scale = calibrated.input_scale(item.name.module) if calibrated else None
+    if scale is None:
+        raise CheckpointError(
+            f"{item.name.module}: its input was not calibrated, since it is not in a decoder layer; leave it in high "
+            "precision: drop it from policy.include"
+        )
+    return float(scale)
 
 
 def group_amax(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor]) -> Tensor:
@@ -233,9 +258,18 @@ def quantize_weight(weight: Tensor, fmt: Format, amax: Tensor) -> QuantizedTenso
     return quantize(weight, fmt, amax=amax) if isinstance(fmt, NVFP4) else quantize(weight, fmt)
 
 
-def kv_scales(plan: Plan, options: Options) -> dict[str, Tensor]:
-    """All ones: a plain cast of the KV cache to FP8."""
-    return {name: torch.ones(shape) for name, (_, shape) in _kv_entries(plan, options).items()}
+def kv_scales(plan: Plan, options: Options, calibrated: Calibrated | None = None) -> dict[str, Tensor]:
+    """All ones, a plain cast of the KV cache to FP8, but for what was calibrated."""
+    scales = {name: torch.ones(shape) for name, (_, shape) in _kv_entries(plan, options).items()}
+    if calibrated is None or options.kv_cache != "fp8_calibrated":
+        return scales
+    for name in scales:
+        attention = name.rpartition(".")[0].removesuffix(".k_proj").removesuffix(".v_proj")
+        found = calibrated.kv_scales(attention)
+        if found is None:
+            raise CheckpointError(f"{attention}: its keys and values were not calibrated; use kv_cache=fp8")
+        scales[name] = found["kv".index(name.rpartition(".")[2][0])].reshape(scales[name].shape)
+    return scales
 
 
 def _kv_entries(plan: Plan, options: Options) -> dict[str, Entry]:

@@ -49,11 +49,9 @@ def _overrides(data: Any) -> tuple[FormatOverride, ...]:
     return tuple(FormatOverride(format_from_json(o["format"]), tuple(o["match"]), tuple(o["kinds"])) for o in data)
 
 
-def write_manifest(directory: Path, options: Options, digests: dict[str, str]) -> None:
-    """Write halfbyte.json."""
-    data = {
-        "halfbyte_version": __version__,
-        "contract_version": CONTRACT_VERSION,
+def options_to_json(options: Options) -> dict[str, Any]:
+    """Options as plain values."""
+    return {
         "format": format_to_json(options.format),
         "layout": options.layout,
         "kv_cache": options.kv_cache,
@@ -64,9 +62,27 @@ def write_manifest(directory: Path, options: Options, digests: dict[str, str]) -
             for o in options.overrides
         ],
         "recipe": options.recipe,
+    }
+
+
+def write_manifest(
+    directory: Path, options: Options, digests: dict[str, str], calibration: dict[str, Any] | None = None
+) -> None:
+    """Write halfbyte.json."""
+    data = {
+        "halfbyte_version": __version__,
+        "contract_version": CONTRACT_VERSION,
+        **options_to_json(options),
+        **({} if calibration is None else {"calibration": calibration}),
         "sha256": dict(sorted(digests.items())),
     }
     write_json(directory / FILE, data)
+
+
+def is_calibrated(directory: Path) -> bool:
+    """Whether halfbyte.json says that the bytes depend on calibration data."""
+    path = directory / FILE
+    return path.exists() and isinstance(read_json(path).get("calibration"), dict)
 
 
 def read_manifest(directory: Path) -> tuple[Options, dict[str, str]] | None:

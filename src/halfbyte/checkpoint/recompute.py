@@ -15,9 +15,10 @@ from ..errors import HalfbyteError
 from ..formats import E4M3_MAX_CHOICES, NVFP4, Format
 from ..names import Kind
 from ..policy import FormatOverride
+from .bounds import calibrated_weights
 from .convert import convert_group, kv_scales
 from .manifest import FILE as MANIFEST
-from .manifest import read_manifest
+from .manifest import is_calibrated, read_manifest
 from .options import Options
 from .plan import Plan, Planned, make_plan
 from .shards import Checkpoint, companions
@@ -52,7 +53,10 @@ def verify_source(
     if tuple(plan.ignore) != contents.quantization.ignore:
         missing = sorted(set(plan.ignore) ^ set(contents.quantization.ignore))
         yield Finding("config.json", f"the ignore list differs from the expected one by {', '.join(missing)}")
-    yield from _bytes(contents, source, plan, options, device, progress)
+    if is_calibrated(directory):
+        yield from calibrated_weights(contents, source, plan, device, progress)
+    else:
+        yield from _bytes(contents, source, plan, options, device, progress)
     yield from _rest(contents, source)
 
 

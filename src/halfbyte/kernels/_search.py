@@ -30,12 +30,17 @@ def columns_of(lo, hi):
 def sum_of_rows(total, F: tl.constexpr):
     """[A, 16, …] → [A, 1, …] by the contract's tree for 16×16; 1×16 stay."""
     if F.block[0] == 16:
-        A: tl.constexpr = total.shape[0]
-        REST: tl.constexpr = total.shape[2:]
         # A sum of two has one order: the tree is exact whatever the layout.
-        total = tl.sum(total.reshape((A, 2, 8) + REST), 1)
-        total = tl.sum(total.reshape((A, 2, 4) + REST), 1)
-        total = tl.sum(total.reshape((A, 2, 2) + REST), 1)
+        A: tl.constexpr = total.shape[0]
+        if len(total.shape) == 3:
+            N: tl.constexpr = total.shape[2]
+            total = tl.sum(total.reshape(A, 2, 8, N), 1)
+            total = tl.sum(total.reshape(A, 2, 4, N), 1)
+            total = tl.sum(total.reshape(A, 2, 2, N), 1)
+        else:
+            total = tl.sum(total.reshape(A, 2, 8), 1)
+            total = tl.sum(total.reshape(A, 2, 4), 1)
+            total = tl.sum(total.reshape(A, 2, 2), 1)
         total = tl.sum(total, 1).expand_dims(1)
     return total
 

@@ -1,0 +1,85 @@
+"""The same result on any number of processes: samples are split, statistics are put together in one fixed order.
+
+Samples form eight spans, however many ranks there are; a rank takes neighbouring spans. Within a span sums grow sample
+by sample, and the spans' sums are added first to last, so that every addition is the one that a single process does.
+Floating point never sees another order.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+SPANS = 8
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that calibrate together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """As torch.distributed has it; a single one where that is not in use.
+
+        Raises:
+            UnsupportedError: there are more than eight.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        if dist.get_world_size() > SPANS:
+            raise UnsupportedError(f"{dist.get_world_size()} ranks: calibration splits samples over at most {SPANS}")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def owner(self, span: int) -> int:
+        """The rank that runs a span."""
+        return span * self.world // SPANS
+
+    def sum_spans(self, own: dict[int, Tensor], like: Tensor) -> Tensor:
+        """The sum over all spans, first to last, on every rank.
+
+        own: span → this rank's sum. like: a tensor of the same shape.
+        """
+        total = torch.zeros_like(like)
+        for span in range(SPANS):
+            part = own[span] if self.owner(span) == self.rank else torch.empty_like(like)
+            if self.world > 1:
+                dist.broadcast(part, self.owner(span))
+            total += part
+        return total
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Elementwise sum of integers over ranks."""
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def object(self, value: Any, owner: int) -> Any:
+        """One rank's value, on all."""
+        if self.world == 1:
+            return value
+        buffer = io.BytesIO()  # torch.save, because torch's own pickling of objects does not know float8
+        torch.save(value, buffer)
+        values = [buffer.getvalue()]
+        dist.broadcast_object_list(values, owner)
+        return torch.load(io.BytesIO(values[0]), weights_only=False)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,90 @@
+"""What commands have in common: errors become exit codes, results tables or JSON, and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .errors import FormatError, HalfbyteError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …")]
+
+
+def usable_device(name: str) -> str:
+    """The device that --device names, "auto" resolved."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FormatError(f"--device {name}: not a device ({str(error).splitlines()[0]})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise FormatError(f"--device {name}: choose auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FormatError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
+    return name
+
+
+def emit(as_json: bool, data: Callable[[], dict[str, Any]], show: Callable[[Console], None]) -> None:
+    """Print a result, as JSON or for people."""
+    if as_json:
+        print(json.dumps(data(), indent=2, ensure_ascii=False))
+    else:
+        show(Console())
+
+
+def warn(message: str) -> None:
+    """Say something on stderr."""
+    Console(stderr=True).print(f"[yellow]warning:[/] {message}", highlight=False)
+
+
+def fail(message: str, as_json: bool) -> NoReturn:
+    """End with exit code 2."""
+    if as_json:
+        print(json.dumps({"error": message}, ensure_ascii=False))
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}", highlight=False)
+    raise typer.Exit(2)
+
+
+def escape(message: str) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape
+
+    return escape(message)
+
+
+@contextlib.contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Bad input becomes one message and exit code 2."""
+    try:
+        yield
+    except HalfbyteError as error:
+        fail(str(error), as_json)
+    except OSError as error:
+        fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), as_json)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar that counts bytes, where someone looks at it."""
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done."""
+    with Console(stderr=True).status(text) as status:
+        yield status.update

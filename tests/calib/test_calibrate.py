@@ -1,0 +1,321 @@
+"""From a model and token windows to a checkpoint: dense and MoE, whole and resumed, on one rank and on two."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+import halfbyte
+from halfbyte import MXFP8, NVFP4, CheckpointError
+from halfbyte.calib.calibrate import calibrate, model_windows
+from halfbyte.calib.data import Windows
+from halfbyte.calib.gptq import GPTQ
+from halfbyte.calib.options import Calibration
+from halfbyte.calib.runner import Summary
+from halfbyte.checkpoint.convert import convert
+from halfbyte.checkpoint.options import Options
+from halfbyte.checkpoint.recompute import verify_source
+from halfbyte.checkpoint.verify import verify_structure
+from halfbyte.policy import FormatOverride
+
+from ..check import close, equal, same_bits, true
+from ..checkpoint import models
+
+pytest.importorskip("transformers")
+SEARCH = NVFP4(scale_rule="search")
+W4A4 = {"activations": "calibrated", "kv_cache": "fp8_calibrated"}
+
+
+def windows(count: int = 16, length: int = 24, seed: int = 0) -> Windows:
+    rng = torch.Generator().manual_seed(seed)
+    return Windows(torch.randint(models.VOCAB, (count, length), generator=rng), "random")
+
+
+def run(
+    source: Path, out: Path, calibration: Calibration | None = None, *, resume: bool = False, **options: Any
+) -> Summary:
+    chosen = Options(**{"format": SEARCH, **options})
+    return calibrate(source, out, chosen, calibration or Calibration(), windows(), resume=resume)[1]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def proven(out: Path, source: Path) -> None:
+    equal([str(finding) for finding in (*verify_structure(out), *verify_source(out, source))], [])
+
+
+@torch.no_grad()
+def logits(directory: Path) -> Tensor:
+    return halfbyte.load(directory, dtype=torch.float32)(windows(seed=1).ids).logits
+
+
+@torch.no_grad()
+def original_logits(directory: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()(windows(seed=1).ids).logits
+
+
+MODELS: dict[str, Callable[[], models.Model]] = {
+    "dense": models.dense,
+    "moe": models.moe,
+    "stacked": lambda: models.stack(models.moe()),
+    "mixtral": models.mixtral,
+    "tied": lambda: models.dense(tied=True),
+}
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(tmp_path: Path, name: str, layout: str) -> None:
+    source = MODELS[name]().save(tmp_path / "source", 2)
+    summary = run(source, tmp_path / "out", layout=layout, **W4A4)
+    proven(tmp_path / "out", source)
+    equal({group["method"] for group in summary.groups if group["tokens"]}, {"gptq"})
+    equal(summary.saturated, 0)
+    true(not (tmp_path / "out.partial").exists(), "the work directory is left behind")
+    equal(json.loads((tmp_path / "out/halfbyte.json").read_text())["calibration"]["data"]["samples"], 16)
+
+
+def test_stacked_experts_give_the_same_tensors(tmp_path: Path) -> None:
+    for name in ("moe", "stacked"):
+        run(MODELS[name]().save(tmp_path / f"{name}-source"), tmp_path / name)
+    a, b = (models.read_all(tmp_path / name) for name in ("moe", "stacked"))
+    equal(set(a), set(b))
+    for name, tensor in a.items():
+        same_bits(tensor, b[name], name)
+
+
+def test_gptq_is_nearer_to_the_model_than_nearest(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+    run(source, tmp_path / "gptq")
+    convert(source, tmp_path / "nearest", Options())
+    wanted = original_logits(source)
+    errors = [float((logits(tmp_path / name) - wanted).square().mean()) for name in ("gptq", "nearest")]
+    true(errors[0] < 0.6 * errors[1], str(errors))
+
+
+def test_nearest_with_data(tmp_path: Path) -> None:
+    """Without GPTQ: a Hessian search, and input scales; weights of an amax rule are those of convert."""
+    source = models.dense().save(tmp_path / "source")
+    run(source, tmp_path / "a", Calibration(gptq=None), format=NVFP4(), activations="calibrated")
+    convert(source, tmp_path / "b", Options(activations="constant"))
+    a, b = (models.read_all(tmp_path / name) for name in "ab")
+    equal(set(a), set(b))
+    for name in a:
+        if not name.endswith("input_scale"):
+            same_bits(a[name], b[name], name)
+    summary = run(source, tmp_path / "c", Calibration(gptq=None), format=NVFP4(scale_rule="search", error="hessian"))
+    proven(tmp_path / "c", source)
+    equal({group["method"] for group in summary.groups}, {"nearest"})
+
+
+def test_scales_of_fused_layers_are_equal_and_right(tmp_path: Path) -> None:
+    source = models.moe().save(tmp_path / "source")
+    run(source, tmp_path / "out", **W4A4)
+    found = models.read_all(tmp_path / "out")
+    for i in range(2):
+        for parameter in ("weight_scale_2", "input_scale"):
+            qkv = {float(found[f"model.layers.{i}.self_attn.{p}_proj.{parameter}"]) for p in "qkv"}
+            equal(len(qkv), 1)
+            for e in range(models.EXPERTS):
+                pair = {float(found[f"model.layers.{i}.mlp.experts.{e}.{p}_proj.{parameter}"]) for p in ("gate", "up")}
+                equal(len(pair), 1)
+        for part in ("k_proj.k_scale", "v_proj.v_scale"):
+            true(found[f"model.layers.{i}.self_attn.{part}"] >= 1, part)
+    embedded = found["model.embed_tokens.weight"].float()[windows().ids]
+    normed = embedded * (embedded.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    normed = normed * found["model.layers.0.input_layernorm.weight"].float()
+    close(found["model.layers.0.self_attn.q_proj.input_scale"] * 2688, normed.abs().max(), 1e-4)
+
+
+def test_an_expert_that_no_token_reaches(tmp_path: Path) -> None:
+    model = models.moe()
+    gate = model.tensors["model.layers.1.mlp.gate.weight"]
+    gate[2] = 0
+    gate[[0, 1, 3]] = gate[[0, 1, 3]].abs() * 1e-6 + 1e-3
+    bias = model.tensors["model.layers.1.post_attention_layernorm.weight"]
+    source = model.plus({"model.layers.1.mlp.gate.weight": gate, "norm.unused": bias}).without("norm.unused")
+    directory = source.save(tmp_path / "source")
+    summary = run(directory, tmp_path / "out", **W4A4)
+    counts = summary.routed["model.layers.1.mlp.experts"]
+    equal(sum(counts), 2 * windows().ids.numel())
+    starved = [e for e, count in enumerate(counts) if count == 0]
+    proven(tmp_path / "out", directory)
+    for e in starved:
+        nearest = [g for g in summary.groups if g["names"][0].startswith(f"model.layers.1.mlp.experts.{e}.")]
+        equal({g["method"] for g in nearest}, {"nearest"})
+        true(any(f"experts.{e}" in warning for warning in summary.warnings), str(summary.warnings))
+
+
+def test_every_expert(tmp_path: Path) -> None:
+    source = models.moe().save(tmp_path / "source")
+    summary = run(source, tmp_path / "out", Calibration(every_expert=True), **W4A4)
+    proven(tmp_path / "out", source)
+    experts = [group for group in summary.groups if ".experts." in group["names"][0]]
+    equal({group["tokens"] for group in experts}, {windows().ids.numel()})
+    equal(sum(summary.routed["model.layers.0.mlp.experts"]), 2 * windows().ids.numel())
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    source = models.moe().save(tmp_path / "source")
+    run(source, tmp_path / "whole", **W4A4)
+
+    def stop(text: str, share: float) -> None:
+        if text.startswith("layer 2"):
+            raise KeyboardInterrupt
+
+    options = Options(format=SEARCH, **W4A4)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, tmp_path / "out", options, Calibration(), windows(), progress=stop)
+    with pytest.raises(CheckpointError, match="--resume"):
+        run(source, tmp_path / "out", **W4A4)
+    with pytest.raises(CheckpointError, match=r"calibration\.gptq\.damping was 0\.01, now is 0\.1"):
+        run(source, tmp_path / "out", Calibration(gptq=GPTQ(damping=0.1)), resume=True, **W4A4)
+    with pytest.raises(CheckpointError, match=r"options\.kv_cache was 'fp8_calibrated', now is 'none'"):
+        run(source, tmp_path / "out", resume=True, activations="calibrated")
+    run(source, tmp_path / "out", resume=True, **W4A4)
+    equal(files(tmp_path / "out"), files(tmp_path / "whole"))
+
+
+def test_a_changed_source_is_not_resumed(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+
+    def stop(text: str, share: float) -> None:
+        if text.startswith("layer 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, tmp_path / "out", Options(format=SEARCH), Calibration(), windows(), progress=stop)
+    path = source / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    model = models.dense()
+    at = data.index(model.tensors["model.layers.0.mlp.up_proj.weight"].view(torch.uint8).numpy().tobytes()[:64])
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="layer 0: its weights have changed"):
+        run(source, tmp_path / "out", resume=True)
+
+
+def test_spilled_activations_change_nothing(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+    run(source, tmp_path / "a")
+    run(source, tmp_path / "b", Calibration(spill=1))
+    equal(files(tmp_path / "a"), files(tmp_path / "b"))
+
+
+def _rank(rank: int, where: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{where / 'meet'}", rank=rank, world_size=2)
+    try:
+        run(where / "source", where / "two", **W4A4)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one(tmp_path: Path) -> None:
+    source = models.moe().save(tmp_path / "source")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(source, tmp_path / "one", **W4A4)
+    finally:
+        torch.set_num_threads(threads)
+    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+    equal(files(tmp_path / "one"), files(tmp_path / "two"))
+
+
+def test_mixed_formats(tmp_path: Path) -> None:
+    source = models.moe().save(tmp_path / "source")
+    summary = run(source, tmp_path / "out", overrides=(FormatOverride(MXFP8(), (), ("attention",)),))
+    proven(tmp_path / "out", source)
+    true(all(".self_attn." not in group["names"][0] for group in summary.groups), "attention is MXFP8")
+
+
+def test_verify_notices_what_no_calibration_does(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+    other = models.dense()
+    weight = other.tensors["model.layers.0.mlp.up_proj.weight"]
+    other.plus({"model.layers.0.mlp.up_proj.weight": weight.roll(1, 0)}).save(tmp_path / "other")
+    run(source, tmp_path / "out")
+    found = [str(finding) for finding in verify_source(tmp_path / "out", tmp_path / "other")]
+    equal(len(found), 1)
+    true("up_proj.weight: is 1" in found[0] and "rounding to nearest" in found[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "no_such_model"}, "transformers cannot build 'no_such_model'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized already"),
+    ],
+)
+def test_models_that_cannot_be_calibrated(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = models.dense().configured(**change).save(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=message):
+        run(source, tmp_path / "out")
+    equal(sorted(path.name for path in tmp_path.iterdir()), ["source"])
+
+
+def test_layers_path(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+    run(source, tmp_path / "a", Calibration(layers_path="model.layers"))
+    with pytest.raises(CheckpointError, match=r"--layers-path model\.blocks.*model\.layers \(2\)"):
+        run(source, tmp_path / "b", Calibration(layers_path="model.blocks"))
+
+
+def test_nan_names_the_module(tmp_path: Path) -> None:
+    model = models.dense()
+    norm = model.tensors["model.layers.1.input_layernorm.weight"]
+    norm[3] = torch.nan
+    source = model.save(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.k_proj: its inputs contain NaN"):
+        run(source, tmp_path / "out")
+    true(not (tmp_path / "out").exists(), "something was written")
+
+
+def test_too_few_samples_and_existing_output(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="already exists"):
+        run(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        model_windows(source, None, 8, 32)
+
+
+@pytest.mark.slow
+def test_others_decode_the_same_weights(tmp_path: Path) -> None:
+    """nvidia-modelopt and llm-dequant on every GPTQ'd weight."""
+    from ..test_interop import import_quietly
+
+    modelopt = import_quietly("modelopt.torch.quantization.qtensor.nvfp4_tensor")
+    llm_dequant = import_quietly("llm_dequant.nvfp4")
+    source = models.moe(layers=1).save(tmp_path / "source")
+    run(source, tmp_path / "a")
+    run(source, tmp_path / "b", layout="compressed-tensors")
+    ours = halfbyte.load(tmp_path / "a", dtype=torch.float32).state_dict()
+    a, b = models.read_all(tmp_path / "a"), models.read_all(tmp_path / "b")
+    for name in ("q", "k", "v", "o"):
+        module = f"model.layers.0.self_attn.{name}_proj"
+        packed = a[f"{module}.weight"]
+        shape = torch.Size((packed.shape[0], packed.shape[1] * 2))
+        theirs = modelopt.NVFP4QTensor(shape, torch.float32, packed).dequantize(
+            torch.float32,
+            scale=a[f"{module}.weight_scale"],
+            double_scale=a[f"{module}.weight_scale_2"],
+            block_sizes={-1: 16},
+        )
+        equal(theirs, ours[f"{module}.weight"])
+        parts = (b[f"{module}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
+        theirs = llm_dequant.dequantize_nvfp4(*parts, dtype=torch.float32)
+        close(theirs, ours[f"{module}.weight"], ours[f"{module}.weight"].abs() * 2.0**-21)
