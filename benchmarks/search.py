@@ -119,8 +119,7 @@ def sweeps(x: Tensor, h: Tensor, folder: Path | None) -> dict[str, Callable[[], 
         """Quantize and decode by its own elementwise functions: its kernel for this needs a GPU."""
         scale = block_amax.view(-1, 1) / 6.0
         scaled = values / torch.where(scale == 0, 1.0, scale)
-        table = torch.tensor(NVFP4QTensor.e2m1_values).to(values)
-        return table[NVFP4QTensor._cast_fp4(scaled).long()] * scale
+        return NVFP4QTensor.get_e2m1_values(values.device)[NVFP4QTensor._cast_fp4(scaled).long()] * scale
 
     def sweep() -> object:
         calibrator = NVFP4MSECalibrator(blocks.abs().amax(1).float(), amax, axis=0, quant_func=fake)
