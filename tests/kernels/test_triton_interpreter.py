@@ -1,4 +1,4 @@
-"""Runs `test_triton_kernels.py` in Triton's interpreter, in a process of its own: Triton decides at decoration."""
+"""Runs the Triton kernels' tests in Triton's interpreter, in a process of its own: Triton decides at decoration."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def test_kernels_in_the_interpreter() -> None:
     command = [
         sys.executable, *optimize, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
         "-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning",
-        str(Path(__file__).with_name("test_triton_kernels.py")),
+        *(str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("kernels", "many")),
     ]  # fmt: skip
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)

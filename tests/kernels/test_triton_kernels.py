@@ -15,7 +15,18 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halfbyte.formats import NVFP4
-from halfbyte.kernels import _target, dequantize, fake_quantize, mxfp8, quantize, row, stacked, swizzle, transposed
+from halfbyte.kernels import (
+    _target,
+    dequantize,
+    fake_quantize,
+    many,
+    mxfp8,
+    quantize,
+    row,
+    stacked,
+    swizzle,
+    transposed,
+)
 from halfbyte.numerics import mxfp8 as mxfp8_numerics
 from halfbyte.numerics import nvfp4
 
@@ -63,7 +74,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             result.view(-1).view(torch.uint8).fill_(0xAA)
         return result
 
-    for module in (quantize, mxfp8, dequantize, fake_quantize, transposed, swizzle, stacked, row):
+    for module in (quantize, mxfp8, dequantize, fake_quantize, transposed, swizzle, stacked, row, many):
         monkeypatch.setattr(module.torch, "empty", poisoned)
 
 
@@ -193,6 +204,43 @@ def test_transposed_stack(make: Callable[..., Tensor]) -> None:
     columns, rows = transposed.quantize(x.to(DEVICE), NVFP4(), rowwise=NVFP4())
     check(columns, nvfp4.quantize(x.mT, NVFP4(), per_matrix=True), "columns")
     check(rows, nvfp4.quantize(x, NVFP4(), per_matrix=True), "rows")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rowwise"),
+    [
+        (NVFP4(), NVFP4()),
+        (NVFP4(hadamard=True), NVFP4(e4m3_max=288)),
+        (NVFP4(hadamard=True, rounding="stochastic"), NVFP4(hadamard=True)),
+        (NVFP4(), NVFP4(scaling="row")),
+        (NVFP4(scale_rule="four_over_six"), NVFP4(scale_rule="four_over_six")),
+    ],
+    ids=str,
+)
+def test_transposed_with_rowwise_under_given_amax(fmt: NVFP4, rowwise: NVFP4, make: Callable[..., Tensor]) -> None:
+    for i, kind in enumerate(("wide", "nan", "tiny", "tie")):
+        if fmt.hadamard and kind == "nan":
+            continue
+        x = make(kind, DTYPES[i % 3], (2, 80, 48) if INTERPRETING else (3, 208, 1040))
+        for factor in (1.0, 1e6):
+            amax = torch.tensor([1.5, 40.0, 0.3])[: x.shape[0]] * factor
+            row_amax = amax.flip(0) if rowwise.scaling == "tensor" else x.abs().amax(-1).float()
+            columns, rows = transposed.quantize(
+                x.to(DEVICE), fmt, amax=amax.to(DEVICE), rng=random_words(fmt), first_block=3,
+                rowwise=rowwise, rowwise_amax=row_amax.to(DEVICE),
+            )  # fmt: skip
+            wanted = nvfp4.quantize(x.mT, fmt, amax=amax, per_matrix=True, rng=random_words(fmt), first_block=3)
+            check(columns, wanted, f"columns {kind} {factor}")
+            check(rows, nvfp4.quantize(x, rowwise, amax=row_amax, per_matrix=True), f"rows {kind} {factor}")
+
+
+@pytest.mark.parametrize("shape", [(7, 64, 48), (300, 16, 16)], ids=str)
+def test_stacked_ahead(shape: tuple[int, ...], make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make("wide", torch.bfloat16, shape if not INTERPRETING else (5, *shape[1:]))
+    wanted = nvfp4.quantize(x, NVFP4(), per_matrix=True)
+    for ahead in (1, 3 * 64 * 48 * 2, 12 << 20):  # one matrix ahead, three, all
+        monkeypatch.setattr(stacked, "AHEAD", ahead)
+        check(quantize.quantize(x.to(DEVICE), NVFP4(), per_matrix=True), wanted, f"{ahead}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
