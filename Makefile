@@ -1,11 +1,13 @@
 # make demo      set up, then run the main job on the model that ships with the package
 # make test      set up, then lint, type-check and run every test that a CPU can run
+# make test-gpu  set up, then compare the kernels with the contract on an NVIDIA GPU
+# make bench     set up, then measure: the GPU's table where there is one, else the CPU's
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -14,6 +16,14 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow"
+
+# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -m gpu tests/kernels, python3 benchmarks.
+test-gpu: $(READY)
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU")'
+	$(BIN)/python -m pytest -q -m gpu tests/kernels
+
+bench: $(READY)
+	$(BIN)/python benchmarks --json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -70,9 +70,10 @@ def test_as_a_module() -> None:
 
 def test_convert(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
-    text = succeeds("convert", source, out)
+    text = succeeds("convert", source, out, "--device", "cpu")
     has(text, "38 weights at 4.5", "12 fused groups under one tensor scale", "1 shard(s)", "modelopt layout", "E = 448")
     has(text, "experts gate_proj", "attention o_proj", "worst five tensors", f"vllm serve {out}", f"load('{out}')")
+    has(text, "with impl='cpu'")
     equal(text.count(".weight "), 5)  # the worst five
     has(succeeds("verify", out, "--source", source), "every byte is what its source gives")
     has(succeeds("verify", out), "structure and digests (add --source to recompute)")
@@ -94,6 +95,7 @@ def test_convert_names_the_engines_that_load_it(
 ) -> None:
     report = parsed("convert", source, tmp_path / "out", *options)
     equal(set(report["serve"]), engines | {"halfbyte"})
+    true(report["impl"] in ("cpu", "triton"), "which implementation quantized")
 
 
 def test_json(tmp_path: Path, source: Path) -> None:

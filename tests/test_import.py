@@ -22,8 +22,14 @@ PUBLIC = [  # in the order that ruff sorts it (RUF022)
     "ShapeError",
     "UnsupportedError",
     "__version__",
+    "fake_quantize",
+    "fake_quantize_unscaled",
     "load",
     "quantize",
+    "quantize_many",
+    "quantize_transpose",
+    "swizzle",
+    "unswizzle",
 ]
 
 IMPORT = """

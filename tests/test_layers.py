@@ -22,11 +22,12 @@ ALLOWED = {
     "kernels": BASE,
     "ops": BASE | {"numerics", "kernels"},
     "tensor": BASE | {"ops"},
+    "functional": BASE | {"ops", "tensor"},
     "names": set(),
     "version": set(),
     "policy": BASE | {"names"},
-    "checkpoint": BASE | {"ops", "tensor", "policy", "names", "version"},
-    "export": BASE | {"ops", "tensor", "policy", "names", "version", "checkpoint"},
+    "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
+    "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 
 

@@ -132,12 +132,17 @@ def test_include(pattern: str, name: str, quantize: bool) -> None:
 def test_unmatched() -> None:
     policy = Policy(
         ignore=("up_proj", "layers.99"),
-        include=("*visual*",),
+        include=("*visual*", "embed_tokens"),
         extra_high_precision_layers_hf=("q_proj", "qproj"),
         extra_high_precision_layers_megatron=("linear_fc1", "linear_fc3"),
     )
-    candidates = [names.parse(name.format(1), LAYERS) for name in (DENSE, ATTENTION)]
-    wanted = ["--ignore layers.99", "--include *visual*", "--extra-high-precision-layers-hf qproj"]
+    candidates = [names.parse(name.format(1), LAYERS) for name in (DENSE, ATTENTION, "model.embed_tokens.weight")]
+    wanted = [
+        "--ignore layers.99",
+        "--include *visual*",
+        "--include embed_tokens",
+        "--extra-high-precision-layers-hf qproj",
+    ]
     equal(policy.unmatched(candidates), [*wanted, "--extra-high-precision-layers-megatron linear_fc3"])
 
 

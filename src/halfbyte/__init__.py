@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, FormatError, HalfbyteError, ShapeError, UnsupportedError
 from .formats import MXFP8, NVFP4
+from .functional import (
+    fake_quantize,
+    fake_quantize_unscaled,
+    quantize,
+    quantize_many,
+    quantize_transpose,
+    swizzle,
+    unswizzle,
+)
 from .policy import Policy
-from .tensor import QuantizedTensor, quantize
+from .tensor import QuantizedTensor
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -25,8 +34,14 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "__version__",
+    "fake_quantize",
+    "fake_quantize_unscaled",
     "load",
     "quantize",
+    "quantize_many",
+    "quantize_transpose",
+    "swizzle",
+    "unswizzle",
 ]
 
 

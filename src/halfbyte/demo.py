@@ -57,6 +57,8 @@ def run_demo(keep: Path | None, update: Callable[[str], None] = lambda text: Non
         CheckpointError: `keep` exists, or a result does not verify.
         UnsupportedError: transformers is not installed.
     """
+    if keep is not None and keep.exists():
+        raise CheckpointError(f"{keep}: already exists; choose another directory or remove it")
     for third_party in ("torchao", "torch.utils._pytree"):  # transformers imports them; their warnings are not ours
         logging.getLogger(third_party).setLevel(logging.ERROR)
     try:
@@ -133,7 +135,5 @@ def _directory(keep: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="halfbyte-demo-") as temporary:
             yield Path(temporary)
         return
-    if keep.exists():
-        raise CheckpointError(f"{keep}: already exists; choose another directory or remove it")
     keep.mkdir(parents=True)
     yield keep

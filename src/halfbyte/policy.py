@@ -21,6 +21,8 @@ _NEVER = {
     "conv": "convolution",
     "indexer": "attention indexer",
 }
+_NOT_LINEAR = ("embedding", "norm", "conv")
+_MTP_KINDS = ("attention", "experts", "mlp")  # engines keep eh_proj and fc, which join two inputs, in high precision
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Policy:
         num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: decoder layers left alone at either end.
         extra_high_precision_layers_hf: substrings of the Hugging Face tensor name to leave in high precision.
         extra_high_precision_layers_megatron: substrings of the Megatron-Core name to leave in high precision.
-        include_mtp: quantize multi-token-prediction layers too.
+        include_mtp: quantize the attention, experts and MLPs of multi-token-prediction layers too.
     """
 
     only: Only = "all"
@@ -83,7 +85,7 @@ class Policy:
         for text in self.extra_high_precision_layers_megatron:
             if text in (names.megatron(name) or ""):
                 return Decision(False, f"--extra-high-precision-layers-megatron {text}")
-        if name.kind in ("embedding", "norm", "conv"):
+        if name.kind in _NOT_LINEAR:
             return Decision(False, _NEVER[name.kind])
         for pattern in self.include:
             if matches(pattern, name):
@@ -95,6 +97,8 @@ class Policy:
         if name.tower == "mtp":
             if not self.include_mtp:
                 return Decision(False, "multi-token prediction layer")
+            if name.kind not in _MTP_KINDS:
+                return Decision(False, "joins the inputs of a multi-token prediction layer")
         elif name.layer is not None:
             if name.layer < self.num_layers_at_start_in_bf16:
                 return Decision(False, f"among the first {self.num_layers_at_start_in_bf16} layers")
@@ -105,11 +109,11 @@ class Policy:
         return Decision(True, f"decoder {name.kind}" if name.tower == "decoder" else f"MTP {name.kind}")
 
     def unmatched(self, candidates: Iterable[Name]) -> list[str]:
-        """Patterns, as command-line options, that match none of the candidates: most likely misspelt."""
+        """Patterns, as command-line options, that select none of the candidates: most likely misspelt."""
         seen = list(candidates)
         tests: tuple[tuple[str, Callable[[str, Name], bool]], ...] = (
             ("ignore", matches),
-            ("include", matches),
+            ("include", lambda text, name: name.kind not in _NOT_LINEAR and matches(text, name)),
             ("extra_high_precision_layers_hf", lambda text, name: text in name.full),
             ("extra_high_precision_layers_megatron", lambda text, name: text in (names.megatron(name) or "")),
         )

@@ -19,9 +19,9 @@ from .checkpoint.schema import SCALE_PARAMETERS, weight_names
 from .checkpoint.verify import Contents, open_quantized
 from .errors import CheckpointError, HalfbyteError, UnsupportedError
 from .formats import MXFP8
+from .functional import quantize
 from .names import Name
 from .ops import FLOAT_DTYPES
-from .tensor import quantize
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERTS_FUNCTION = "halfbyte_quantized_inputs"

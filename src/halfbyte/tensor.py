@@ -1,8 +1,9 @@
-"""QuantizedTensor, and `quantize` which makes one."""
+"""QuantizedTensor: what `halfbyte.functional` makes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class QuantizedTensor:
         amax: the maximum that the scale was derived from, of tensor_scale's shape; None for MXFP8, and None for a
             tensor loaded from a checkpoint, where it is not recorded.
         format: how it was made.
+        swizzled: whether block_scale has the order that Blackwell's matmul reads, as `swizzle` returns it: of all
+            rows as one matrix, 1-D; or (…, bytes), each matrix by itself.
     """
 
     packed: Tensor
@@ -32,6 +35,7 @@ class QuantizedTensor:
     tensor_scale: Tensor | None
     amax: Tensor | None
     format: Format
+    swizzled: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -50,65 +54,56 @@ class QuantizedTensor:
         scale_bytes = 0 if self.tensor_scale is None else self.tensor_scale.nbytes
         return self.packed.nbytes + self.block_scale.nbytes + scale_bytes
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, *, impl: ops.Impl = "auto") -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, *, unscaled: bool = False, impl: ops.Impl = "auto"
+    ) -> Tensor:
         """The decoded values, (…, K), computed in float32 and rounded once to dtype.
 
         A Hadamard transform is not undone: the values are those that a matmul would see.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+            unscaled: leave NVFP4's tensor scale out: q·s, exact in each of the three dtypes.
+            impl: as in `halfbyte.quantize`.
+
+        Raises:
+            ShapeError: dtype is another, or tensor_scale is missing.
+            FormatError: unscaled=True for MXFP8, which has no tensor scale; impl is unknown.
+            UnsupportedError: impl cannot run here.
         """
         if dtype not in ops.FLOAT_DTYPES:
             raise ShapeError(f"dtype={dtype}: dequantize gives float32, bfloat16 or float16")
+        block_scale = self._plain_block_scale(impl)
         if isinstance(self.format, MXFP8):
-            return ops.dequantize_mxfp8(self.packed, self.block_scale, dtype, impl=impl)
-        if self.tensor_scale is None:
+            if unscaled:
+                raise FormatError("unscaled=True: MXFP8 has no tensor scale to leave out; leave unscaled out")
+            return ops.dequantize_mxfp8(self.packed, block_scale, dtype, impl=impl)
+        if self.tensor_scale is None and not unscaled:
             raise ShapeError("this NVFP4 tensor has tensor_scale=None; decoding needs S_dec")
-        return ops.dequantize_nvfp4(self.packed, self.block_scale, self.tensor_scale, dtype, impl=impl)
+        tensor_scale = None if unscaled else self.tensor_scale
+        return ops.dequantize_nvfp4(self.packed, block_scale, tensor_scale, dtype, impl=impl)
+
+    def swizzle(self, per_matrix: bool = False, *, impl: ops.Impl = "auto") -> QuantizedTensor:
+        """The same with block scales in the order that Blackwell's matmul reads; see `halfbyte.swizzle`.
+
+        All rows are one matrix, whose block_scale becomes 1-D; with per_matrix each leading matrix is swizzled, and
+        padded, by itself. A swizzled tensor comes back as it is.
+        """
+        if self.swizzled:
+            return self
+        scale = self.block_scale
+        if per_matrix and scale.dim() < 2:
+            raise ShapeError(f"per_matrix=True needs at least 2 dimensions; the tensor has shape {tuple(self.shape)}")
+        if not per_matrix:
+            scale = scale.reshape(math.prod(scale.shape[:-1]), scale.shape[-1])
+        return replace(self, block_scale=ops.swizzle(scale, impl=impl), swizzled=True)
+
+    def _plain_block_scale(self, impl: ops.Impl) -> Tensor:
+        if not self.swizzled:
+            return self.block_scale
+        columns = self.shape[-1] // self.format.block_columns
+        rows = math.prod(self.shape[:-1]) if self.block_scale.dim() == 1 else self.shape[-2]
+        return ops.unswizzle(self.block_scale, rows, columns, impl=impl).reshape(*self.shape[:-1], columns)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor(shape={tuple(self.shape)}, format={self.format}, device={self.device})"
-
-
-def quantize(
-    x: Tensor,
-    fmt: Format,
-    *,
-    impl: ops.Impl = "auto",
-    amax: Tensor | None = None,
-    per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
-    first_block: int = 0,
-) -> QuantizedTensor:
-    """Quantize x to fmt along its last dimension; `quantize(x.mT, fmt)` is what others call column-wise.
-
-    The result carries no gradient.
-
-    Args:
-        x: (…, K) float32, bfloat16 or float16, any strides, K divisible by 16 (NVFP4) or 32 (MXFP8). It is the
-            matrix (-1, K): one tensor scale, or one per row.
-        fmt: an `NVFP4` or `MXFP8`.
-        impl: "reference" is the specification; "auto" picks the fastest that runs here. All give the same bytes.
-        amax: float32 maximum, not negative, to use instead of x's own, shared across tensors or ranks; values beyond
-            it saturate.
-            With hadamard=True it is the maximum after the transform.
-        per_matrix: each leading matrix of x (E, M, K) has its own tensor scale, and no 16×16 block crosses matrices.
-        rng: (seed, offset) for stochastic rounding, 64 bits each; required for it and refused otherwise.
-        first_block: for stochastic rounding, the row-major index of x's first 1×16 block in the tensor that it is a
-            part of, so that parts round like the whole.
-
-    Raises:
-        ShapeError: dtype, shape or amax does not fit.
-        FormatError: rng is missing or has no use; impl or an MXFP8 argument is unknown.
-        UnsupportedError: impl cannot run here.
-
-    Numerics: bitwise as `docs/numerics.md`; NaN gives NaN block scales, never an exception.
-    Source: NVFP4 rules of TransformerEngine 2.20's reference quantizer; MXFP8 of the OCP MX specification with
-    TransformerEngine's scale rounding.
-    """
-    if not isinstance(fmt, NVFP4 | MXFP8):
-        raise FormatError(f"fmt={fmt!r}: needs an NVFP4(...) or MXFP8() value")
-    if isinstance(fmt, MXFP8):
-        if amax is not None or per_matrix or rng is not None or first_block:
-            raise FormatError("MXFP8 has no tensor scale and rounds to nearest: leave amax, per_matrix and rng out")
-        elements, scale = ops.quantize_mxfp8(x, fmt, impl=impl)
-        return QuantizedTensor(elements, scale, None, None, fmt)
-    encoded = ops.quantize_nvfp4(x, fmt, impl=impl, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
-    return QuantizedTensor(encoded.packed, encoded.block_scale, encoded.tensor_scale, encoded.amax, fmt)

@@ -257,3 +257,13 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     equal(
         set(report.by_kind()), {*(f"attention {c}_proj" for c in "qkvo"), *(f"experts {m}" for m in models.MLP_LEAVES)}
     )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_errors_of_extreme_weights(tmp_path: Path, size: float) -> None:
+    """Their squares are outside float32's range."""
+    model = models.dense(layers=1)
+    scaled = Model({name: (t.double() * size).to(t.dtype) for name, t in model.tensors.items()}, model.config)
+    usual = convert(model.save(tmp_path / "a"), tmp_path / "usual", Options()).relative_error()
+    extreme = convert(scaled.save(tmp_path / "b"), tmp_path / "extreme", Options()).relative_error()
+    close(torch.tensor(extreme), torch.tensor(usual), 0.01)

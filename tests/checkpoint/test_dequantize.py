@@ -77,6 +77,7 @@ def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
     wanted = quantize(model.tensors[name], NVFP4()).dequantize(getattr(torch, dtype))
     same_bits(found[name], wanted)
     equal(found["model.norm.weight"].dtype, torch.bfloat16)  # not quantized, so left as it was
+    equal(json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"], dtype)  # or loaders would round again
 
 
 def test_twice_is_once(tmp_path: Path) -> None:

@@ -93,7 +93,11 @@ def test_mtp(tmp_path: Path, model: Model) -> None:
     equal({item.name.layer for item in default.quantized}, {0})  # MTP layers do not count as the last ones
     asked = plan(model, tmp_path / "b", include_mtp=True)
     true("MTP mlp" in {item.decision.reason for item in asked.quantized}, "--include-mtp has no effect")
-    true(not any("shared_head" in module for module in quantized(asked)), "the MTP layer's lm_head")
+    left = ("shared_head", "eh_proj", "mtp.fc")
+    true(not any(name in module for module in quantized(asked) for name in left), "more than attention and MLP")
+    glue = "mtp.fc" if "mtp.fc.weight" in model.tensors else "eh_proj"
+    by_name = plan(model, tmp_path / "c", include_mtp=True, include=(glue,))
+    equal(len(by_name.quantized), len(asked.quantized) + 1)
 
 
 def test_policies_reach_the_plan(tmp_path: Path) -> None:
@@ -128,6 +132,8 @@ def test_asked_for_by_name(tmp_path: Path) -> None:
         (models.moe(), {"ignore": ("down_proj",)}, f"some experts of {L0}.mlp.experts would be quantized"),
         (models.dense(), {"ignore": ("layers.2",)}, "--ignore layers.2 matches no tensor; see `--dry-run`"),
         (models.dense(), {"extra_high_precision_layers_hf": ("qproj",)}, "--extra-high-precision-layers-hf qproj"),
+        (models.dense(), {"include": ("embed_tokens",)}, "embeddings, norms and convolutions cannot be included"),
+        (models.dense(), {"include": ("*norm",)}, "--include *norm matches no tensor"),
         (models.dense(), {"only": "experts"}, "nothing to quantize under these options; see `--dry-run`"),
         (models.dense(), {"num_layers_at_end_in_bf16": 2}, "nothing to quantize"),
     ],
@@ -135,6 +141,15 @@ def test_asked_for_by_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_refuses_what_no_engine_loads(tmp_path: Path, model: Model, policy: dict[str, Any], message: str) -> None:
     refuses(model, tmp_path, message, **policy)
+
+
+@pytest.mark.parametrize("gone", [".3.", ".1.", ".2.down_proj"])
+def test_every_expert_must_be_there(tmp_path: Path, gone: str) -> None:
+    """Whole experts, the last one too, and single weights of one."""
+    model = models.moe()
+    lost = [name for name in model.tensors if f"{L0}.mlp.experts{gone}" in name]
+    missing = lost[-1] if len(lost) == 1 else f"{L0}.mlp.experts{gone}down_proj.weight"
+    refuses(model.without(*lost), tmp_path, f"{missing} is missing, though other experts of the layer have it")
 
 
 def test_fused_parts_must_fit(tmp_path: Path) -> None:

@@ -142,10 +142,22 @@ def test_companions(tmp_path: Path) -> None:
     left_out = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "consolidated.safetensors"]
     for name in [*left_out, "x.pth", "hf_quant_config.json", "halfbyte.json", ".gitattributes"]:
         (directory / name).write_text("not to be copied")
-    (directory / "original").mkdir()
-    wanted = sorted([*models.COMPANIONS, "modeling_x.py", "tokenizer.model", "LICENSE", "merges.txt"])
+    for name in ("original", "additional_chat_templates"):
+        (directory / name).mkdir()
+        (directory / name / "tools.jinja").write_text(name)
+    wanted = sorted(
+        [
+            "additional_chat_templates/tools.jinja",
+            *models.COMPANIONS,
+            "modeling_x.py",
+            "tokenizer.model",
+            "LICENSE",
+            "merges.txt",
+        ]
+    )
     equal(companions(directory), wanted)
     (tmp_path / "copy").mkdir()
     copy_companions(directory, tmp_path / "copy")
-    copied = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    files = (path for path in (tmp_path / "copy").rglob("*") if path.is_file())
+    copied = {path.relative_to(tmp_path / "copy").as_posix(): path.read_bytes() for path in files}
     equal(copied, {name: (directory / name).read_bytes() for name in wanted})

@@ -1,4 +1,4 @@
-"""Lists of tensors in one launch, against the contract; on a GPU, or in the interpreter as `test_triton_kernels.py`."""
+"""Lists and stacks of tensors in one launch, against the contract; on a GPU, or in the interpreter as `test_triton_kernels.py`."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats import NVFP4
-from halfbyte.kernels import many
+from halfbyte.kernels import many, quantize, stacked
 from halfbyte.numerics import nvfp4
 
 from ..check import true
@@ -87,3 +87,14 @@ def test_graph_capture(rng: torch.Generator) -> None:
         graph.replay()
         for x, q in zip(xs, results, strict=True):
             check(q, nvfp4.quantize(x.cpu(), NVFP4()), f"{tuple(x.shape)}")
+
+
+@pytest.mark.parametrize("shape", [(7, 64, 48), (300, 16, 16)], ids=str)
+def test_stacks_however_far_ahead(
+    shape: tuple[int, ...], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn((5, *shape[1:]) if INTERPRETING else shape, generator=rng).bfloat16()
+    wanted = nvfp4.quantize(x, NVFP4(), per_matrix=True)
+    for ahead in (1, 3 * 64 * 48 * 2, 12 << 20):  # one matrix ahead, a few, all
+        monkeypatch.setattr(stacked, "AHEAD", ahead)
+        check(quantize.quantize(x.to(DEVICE), NVFP4(), per_matrix=True), wanted, f"{ahead}")

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import CheckpointError
 from ..formats import NVFP4, Format
-from ..tensor import QuantizedTensor, quantize
+from ..functional import quantize
+from ..tensor import QuantizedTensor
 from .config import Quantization, hf_quant_config, quantization_config
 from .manifest import write_manifest
 from .plan import Options, Plan, Planned, make_plan
@@ -55,10 +57,11 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did."""
+    """What a conversion did; `impl` is the implementation that quantized: "cpu", "triton" or "reference"."""
 
     output: Path
     options: Options
+    impl: str
     weights: tuple[WeightReport, ...]
     source_bytes: int
     output_bytes: int
@@ -131,6 +134,7 @@ def convert(
     return Report(
         output=output,
         options=options,
+        impl=ops.pick("auto", torch.device(device)),
         weights=tuple(weights),
         source_bytes=checkpoint.nbytes,
         output_bytes=sum(sizes.values()),
@@ -265,8 +269,11 @@ def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
 
 
 def _squared_norm(matrix: Tensor) -> float:
-    """Sum of squares: a row in float32, which its length allows, the rows in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
+    """Sum of squares, of float32 values from the least to the largest."""
+    norms = torch.linalg.vector_norm(matrix, dim=-1).double()
+    if not 1e-12 < float(norms.amax()) < 1e18:  # the squares may have left float32's range
+        norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
+    return float(norms.square().sum())
 
 
 def _ratio(squared_error: float, squared_norm: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,14 @@ def dequantize(
             write_index(target, {name: file for file, part in shards.items() for name in part}, total)
         copy_companions(directory, target)
         config = {k: v for k, v in contents.checkpoint.config.items() if k != "quantization_config"}
-        write_json(target / "config.json", config)
+        write_json(target / "config.json", _with_dtype(config, dtype))
     return total
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with `dtype` (`torch_dtype` in older ones) replaced wherever it stands, nested configs too."""
+    changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
 
 
 def output_entries(contents: Contents, dtype: str) -> dict[str, Entry]:

@@ -23,6 +23,7 @@ from .shards import Checkpoint, TensorInfo
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
 
+_EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
 
 
@@ -124,7 +125,10 @@ def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None
     items = list(_items(source, decide or options.policy.decide, layers))
     _check_names(items, source)
     if decide is None and (unmatched := options.policy.unmatched(item.name for item in items)):
-        raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; see `--dry-run` for their names")
+        remedy = "see `--dry-run` for their names"
+        if any(pattern.startswith("--include ") for pattern in unmatched):
+            remedy += "; embeddings, norms and convolutions cannot be included"
+        raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; {remedy}")
     if not any(item.decision.quantize for item in items):
         raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
     for item in items:
@@ -133,6 +137,7 @@ def make_plan(source: Checkpoint, options: Options, decide: Decide | None = None
         if item.decision.quantize:
             _check_shape(item, options, source)
     groups = _groups(items, where)
+    _check_experts(items, source)
     excluded = [item.name for item in items if item.linear and not item.decision.quantize]
     quantized = [item.name for item in items if item.decision.quantize]
     ignore = exclusion_list(options.layout, quantized, excluded)
@@ -240,6 +245,24 @@ def _check_names(items: list[Planned], source: Checkpoint) -> None:
         raise CheckpointError(
             f"{source.directory}: {twice[0]} is there twice, from {' and '.join(origins)}; remove one"
         )
+
+
+def _check_experts(items: list[Planned], source: Checkpoint) -> None:
+    """Every routed expert of a layer is there, each with the same weights."""
+    modules: defaultdict[str, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for item in items:
+        if item.linear and item.name.expert is not None and (module := item.name.experts_module):
+            modules[module][item.name.expert].add(item.name.full.removeprefix(f"{module}.{item.name.expert}."))
+    config = text_config(source.config)
+    declared = next((config[key] for key in _EXPERT_COUNT if isinstance(config.get(key), int)), 0)
+    for module, experts in modules.items():
+        weights = set().union(*experts.values())
+        for expert in range(max(declared, max(experts) + 1)):
+            if missing := sorted(weights - experts.get(expert, set())):
+                raise CheckpointError(
+                    f"{source.directory}: {module}.{expert}.{missing[0]} is missing, though other experts of the layer "
+                    "have it; download the model again"
+                )
 
 
 def _check_dtype(item: Planned, source: Checkpoint) -> None:

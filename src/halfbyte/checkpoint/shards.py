@@ -257,13 +257,14 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
 
 
 def companions(directory: Path) -> list[str]:
-    """Names of the files beside the weights that engines read: tokenizer, generation config, chat template, code, …
+    """Paths of the files beside the weights that engines read: tokenizer, generation config, chat templates, code, …
 
-    Weights in any form, indexes, config.json and quantization configs are not among them.
+    Weights in any form, indexes, config.json and quantization configs are not among them, nor are subdirectories, but
+    for the one that transformers reads templates from.
     """
     left_out = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
     rewritten = ("config.json", "hf_quant_config.json", "halfbyte.json")
-    return sorted(
+    beside = (
         path.name
         for path in directory.iterdir()
         if path.is_file()
@@ -271,9 +272,12 @@ def companions(directory: Path) -> list[str]:
         and not path.name.endswith(left_out)
         and path.name not in rewritten
     )
+    templates = (f"{path.parent.name}/{path.name}" for path in directory.glob("additional_chat_templates/*.jinja"))
+    return sorted((*beside, *templates))
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy them all."""
     for name in companions(source):
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..formats import FLT_MAX as _FLT_MAX
+from ._ptx import e2m1_ptx
 
 
 def jit(fn: Callable[..., Any]) -> Any:
@@ -125,6 +126,26 @@ def e4m3_round(v):
 
 
 @jit
+def e4m3_round_two(a, b, NATIVE: tl.constexpr):
+    """`e4m3_round` of both."""
+    if NATIVE >= 2:
+        a, b = tl.inline_asm_elementwise(
+            _E4M3_ROUND_PTX, "=r,=r,r,r", [a, b], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    else:
+        a, b = e4m3_round(a), e4m3_round(b)
+    return a, b
+
+
+_E4M3_ROUND_PTX = tl.constexpr("""{ .reg .b16 w, a, b; .reg .b32 h;
+cvt.rn.satfinite.e4m3x2.f32 w, $3, $2;
+cvt.rn.f16x2.e4m3x2 h, w;
+mov.b32 {a, b}, h;
+cvt.f32.f16 $0, a;
+cvt.f32.f16 $1, b; }""")
+
+
+@jit
 def e4m3_code(value):
     """Byte (as uint8) of a float32 that is an E4M3 value ≥ 0; NaN → 0x7F.
 
@@ -148,6 +169,30 @@ def reciprocal(x, NATIVE: tl.constexpr):
         result = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         result = tl.div_rn(1.0, x)
+    return result
+
+
+@jit
+def normal_reciprocal(x, NATIVE: tl.constexpr):
+    """1/x of a float32 tensor, rounded to nearest even, for normal x and 1/x; NaN or infinity for 0."""
+    if NATIVE:
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        result = tl.fma(near, tl.fma(-x, near, 1.0), near)
+    else:
+        result = tl.div_rn(1.0, x)
+    return result
+
+
+@jit
+def sixth(x, NATIVE: tl.constexpr):
+    """x/6 of finite float32 x ≥ 2^-123 or 0, rounded to nearest even."""
+    if NATIVE:
+        quotient = x * SIXTH
+        result = tl.fma(tl.fma(quotient, -6.0, x), SIXTH, quotient)
+    else:
+        result = tl.div_rn(x, 6.0)
     return result
 
 
@@ -333,57 +378,5 @@ def e2m1_stochastic_pair(lo, hi, scale, u_lo, u_hi):
     return (low | (_e2m1_stochastic_code(hi * scale, u_hi) << 4)).to(tl.uint8)
 
 
-def _ptx(safe: bool) -> str:
-    """E2M1 codes of 8 elements, mostly on the FMA pipe: the ALU pipe has half its rate.
-
-    With h = y/2 the code is rint(4·sat(h)) + rint(2·sat(|h|-1)) + rint(sat(|h|-2)): .sat clamps to 0..1 for free,
-    makes NaN 0, and every sum is exact but the one that rounds. Each rounding adds to 2^23 plus sixteen times the
-    previous codes, so four elements pack themselves. `h = y·0.5 + 0` turns -0 into +0 and nothing else, so that its
-    sign bit is y < 0. When safe, the scale comes halved and h is one `fma`: no product rounds to -0.
-    """
-    lines = ["{", ".reg .f32 y, a, s, t, u, h<8>;", ".reg .b32 p, q, r, n<2>;"]
-    for half in range(2):
-        base = "0f4B000000"
-        for i in (3, 2, 1, 0):
-            element = 4 * half + i
-            register = f"${1 + element // 2}" if element % 2 == 0 else f"${5 + element // 2}"
-            if i != 3:
-                lines.append("fma.rn.f32 u, t, 0f41800000, 0fCCF00000;")  # 16·t - 15·2^23
-                base = "u"
-            scale = f"${9 + element // 2}"
-            if safe:
-                lines.append(f"fma.rn.f32 h{element}, {register}, {scale}, 0f00000000;")
-            else:
-                lines.append(f"mul.rn.f32 y, {register}, {scale};")
-                lines.append(f"fma.rn.f32 h{element}, y, 0f3F000000, 0f00000000;")
-            lines += [
-                f"abs.f32 a, h{element};",
-                "add.rn.sat.f32 s, a, 0f00000000;",
-                f"fma.rn.f32 t, s, 0f40800000, {base};",
-                "add.rn.sat.f32 s, a, 0fBF800000;",
-                "fma.rn.f32 t, s, 0f40000000, t;",
-                "add.rn.sat.f32 s, a, 0fC0000000;",
-                "add.rn.f32 t, s, t;",
-            ]
-        lines.append(f"mov.b32 n{half}, t;")
-    lines.append("prmt.b32 r, n0, n1, 0x5410;")
-    for parity, name in ((0, "p"), (1, "q")):  # the top bytes of the even, then of the odd elements
-        low = [f"h{parity + 2 * j}" for j in range(4)]
-        lines += [
-            f"mov.b32 n0, {low[0]};", f"mov.b32 n1, {low[1]};", f"prmt.b32 {name}, n0, n1, 0x0073;",
-            f"mov.b32 n0, {low[2]};", f"mov.b32 n1, {low[3]};", "prmt.b32 n0, n0, n1, 0x0073;",
-            f"prmt.b32 {name}, {name}, n0, 0x5410;",
-        ]  # fmt: skip
-    lines += [
-        "shr.u32 p, p, 4;",
-        "and.b32 p, p, 0x08080808;",
-        "and.b32 q, q, 0x80808080;",
-        "or.b32 r, r, p;",
-        "or.b32 $0, r, q;",
-        "}",
-    ]
-    return "\n".join(lines)
-
-
-E2M1_PTX = tl.constexpr(_ptx(safe=False))
-E2M1_SAFE_PTX = tl.constexpr(_ptx(safe=True))
+E2M1_PTX = tl.constexpr(e2m1_ptx(safe=False))
+E2M1_SAFE_PTX = tl.constexpr(e2m1_ptx(safe=True))

@@ -1,8 +1,8 @@
 """From the pairs of a tile to its bytes and scales, for every NVFP4 format; shared by all quantizing kernels.
 
-`F` is the format itself, as a compile-time constant. Tiles are pairs `lo`, `hi` of [N, 8] (N blocks 1×16), or of
-[T, 16, N, 8] where F.block is (16, 16); S below is [N], or [T, 1, N]. `encode_scale`, `decode_scale` and `amax`
-are scalars or broadcast against S.
+`F` is the format itself, as a compile-time constant. Tiles are pairs `lo`, `hi` of [..., 8] (1×16 blocks), or of
+[N, 16, 8] where F.block is (16, 16); S below is [...], or [N, 1]. `encode_scale`, `decode_scale` and `amax` are
+scalars or broadcast against S.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ._four_over_six import four_over_six
 from ._maxima import reduce_max
 from ._primitives import (
     FLT_MAX,
     SIXTH,
     e2m1_pair,
     e2m1_stochastic_pair,
-    e2m1_value,
     e2m1_values,
     e4m3_round,
     element_scale,
@@ -45,7 +45,7 @@ def block_scales(
     against it; their elements are zero otherwise.
     """
     if F.block[0] == 16:
-        block_amax = reduce_max(block_amax, 1, NATIVE).expand_dims(1)  # [T, 1, N]
+        block_amax = reduce_max(block_amax, 1, NATIVE).expand_dims(1)  # [N, 1]
     if F.scale_rule == "amax":
         scale = e4m3_round(minimum(block_amax * (encode_scale * SIXTH), FLT_MAX))  # S
         element = element_scale(scale, decode_scale, NATIVE)  # S
@@ -100,76 +100,6 @@ def store_elements(
     else:
         packed = encode(lo, hi, element, number, seed, offset, F, NATIVE)
         tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
-
-
-@jit
-def four_over_six(lo, hi, valid, block_amax, encode_scale, decode_scale, amax, F: tl.constexpr, NATIVE: tl.constexpr):
-    """The better of mapping each block's maximum to 6 or to 4: (scale, element scale), S."""
-    base = tl.div_rn(block_amax, 6.0) * encode_scale
-    scale6 = e4m3_round(base)
-    scale4 = e4m3_round(1.5 * base)
-    element6 = element_scale(scale6, decode_scale, NATIVE)
-    element4 = element_scale(scale4, decode_scale, NATIVE)
-    if NATIVE and F.error_arithmetic == "exact" and len(amax.shape) == 0:
-        if (amax > 1e-30) & (amax < 1e30):  # nothing on the way to the error under- or overflows
-            pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, True)
-        else:
-            pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, False)
-    else:
-        pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, False)
-    return tl.where(pick4, scale4, scale6), tl.where(pick4, element4, element6)
-
-
-@jit
-def _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
-    error6 = block_error(lo, hi, valid, scale6, element6, encode_scale, amax, F, FAST)
-    error4 = block_error(lo, hi, valid, scale4, element4, encode_scale, amax, F, FAST)
-    return error4 < error6  # ties and NaN keep 6
-
-
-@jit
-def block_error(lo, hi, valid, scale, element, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
-    """Error of each block, S: over elements 0..15 in order; over 16 rows as a tree."""
-    t0, t2, t4, t6, t8, t10, t12, t14 = split8(_error_term(lo, scale, element, encode_scale, amax, F, FAST))
-    t1, t3, t5, t7, t9, t11, t13, t15 = split8(_error_term(hi, scale, element, encode_scale, amax, F, FAST))
-    total = ((((((((t0 + t1) + t2) + t3) + t4) + t5) + t6) + t7) + t8) + t9
-    total = (((((total + t10) + t11) + t12) + t13) + t14) + t15  # [N] or [T, 16, N]
-    if F.block[0] == 16:
-        total = tl.where(valid, total, 0.0)
-        T: tl.constexpr = total.shape[0]
-        N: tl.constexpr = total.shape[2]
-        # A sum of two has one order: the tree is exact whatever the layout.
-        total = tl.sum(total.reshape(T, 2, 8, N), 1)
-        total = tl.sum(total.reshape(T, 2, 4, N), 1)
-        total = tl.sum(total.reshape(T, 2, 2, N), 1)
-        total = tl.sum(total, 1).expand_dims(1)  # [T, 1, N]
-    return total
-
-
-@jit
-def _error_term(x, scale, element, encode_scale, amax, F: tl.constexpr, FAST: tl.constexpr):
-    """|d| or d·d of each element; the sign of x cancels."""
-    a = tl.abs(x)
-    product = e2m1_value(a * element.expand_dims(-1)) * scale.expand_dims(-1)  # exact
-    if F.error_arithmetic == "exact":
-        product = product * _last(amax)
-        if FAST:  # one Newton step gives the correctly rounded quotient: checked for every mantissa and every E
-            quotient = product * (1.0 / (6.0 * F.e4m3_max))
-            quotient = tl.fma(tl.fma(-quotient, 6.0 * F.e4m3_max, product), 1.0 / (6.0 * F.e4m3_max), quotient)
-        else:
-            quotient = tl.div_rn(product, 6.0 * F.e4m3_max)
-        d = quotient - a
-    else:
-        d = product - a * _last(encode_scale)
-    return tl.abs(d) if F.error == "mae" else d * d
-
-
-@jit
-def _last(x):
-    """A scalar as it is; a tensor with a last dimension of 1 appended."""
-    if len(x.shape) > 0:
-        x = x.expand_dims(-1)
-    return x
 
 
 @jit

@@ -65,8 +65,3 @@ def dequantize(
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
-
-
-def decode_without_tensor_scale(packed: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As `halfbyte.numerics.nvfp4.decode_without_tensor_scale`: q·s, exact in every dtype."""
-    return dequantize(packed, block_scale, None, dtype)

@@ -18,40 +18,21 @@ def fake_quantize(
     x: Tensor,
     fmt: NVFP4,
     *,
+    unscaled: bool = False,
     amax: Tensor | None = None,
     per_matrix: bool = False,
     rng: tuple[int, int] | None = None,
     first_block: int = 0,
-) -> Tensor:
-    """`numerics.nvfp4.dequantize` of `numerics.nvfp4.quantize`, rounded once to x's dtype."""
-    return _run(x, fmt, amax, per_matrix, rng, first_block, "decoded")
-
-
-def fake_quantize_exact(
-    x: Tensor,
-    fmt: NVFP4,
-    *,
-    amax: Tensor | None = None,
-    per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
-    first_block: int = 0,
-) -> Tensor:
-    """q·s without the tensor scale, exact in x's dtype: what a bf16 tensor-core matmul takes before α = S_dec·S_dec."""
-    return _run(x, fmt, amax, per_matrix, rng, first_block, "exact")
-
-
-def _run(
-    x: Tensor,
-    fmt: NVFP4,
-    amax: Tensor | None,
-    per_matrix: bool,
-    rng: tuple[int, int] | None,
-    first_block: int,
-    mode: str,
-) -> Tensor:
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+) -> tuple[Tensor, Tensor]:
+    """(values in x's dtype, tensor_scale): the decoded ones, rounded once, or the exact q·s where unscaled."""
+    shape = x.shape[:-1] if fmt.scaling == "row" else x.shape[:-2] if per_matrix else ()
+    values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tensor_scale, out_amax = torch.empty((2, *shape), dtype=torch.float32, device=x.device)
     if x.numel():
-        unused = result.view(torch.uint8) if result.dim() else result
-        out = (result, unused, result, result)
-        quantize.dispatch(as_matrices(x, per_matrix), fmt, amax, out, rng, first_block, mode)
-    return result
+        out = (values, values.view(torch.uint8), tensor_scale, out_amax)  # the second is not written
+        quantize.dispatch(
+            as_matrices(x, per_matrix), fmt, amax, out, rng, first_block, "exact" if unscaled else "decoded"
+        )
+    else:
+        quantize.scales_only(amax, tensor_scale, out_amax, fmt)
+    return values, tensor_scale

@@ -121,13 +121,13 @@ def _quantize(
             wait(slot_ptr + N, wanted, NATIVE)
             quantize.quantize_tile(
                 x_ptr, out_ptr, scale_ptr, slot_ptr.to(tl.pointer_type(tl.float32)), tensor_scale_ptr, amax_out_ptr,
-                zero, tile * BB, blocks, 1, 0, 0, 0, 0, 1, zero, zero, zero,
+                None, None, None, zero, tile * BB, blocks, 1, 0, 0, 0, 0, 1, zero, zero, zero,
                 BB, EVEN, True, KIND, "packed", F, NATIVE, not SHARED,
             )  # fmt: skip
     else:
         quantize.quantize_tile(
             x_ptr, out_ptr, scale_ptr, amax_ptr + i * amax_stride, tensor_scale_ptr, amax_out_ptr,
-            zero, tile * BB, blocks, 1, 0, 0, 0, 0, 1, zero, zero, zero,
+            None, None, None, zero, tile * BB, blocks, 1, 0, 0, 0, 0, 1, zero, zero, zero,
             BB, EVEN, True, KIND, "packed", F, NATIVE, False,
         )  # fmt: skip
 

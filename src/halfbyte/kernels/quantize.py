@@ -11,8 +11,6 @@ first (`row` scaling needs no second read: see `row.py`). The floor is those byt
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -32,12 +30,13 @@ ROW_LIMIT = 32768  # columns of a row that one program can hold
 
 @jit
 def quantize_tile(
-    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, p, start, blocks, blocks_per_row,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, amax, encode_scale, decode_scale,
+    p, start, blocks, blocks_per_row,
     amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
     BB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
     F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False,
 ):  # fmt: skip
-    """Blocks start … start + BB of matrix p (int64)."""
+    """Blocks start … start + BB of matrix p (int64). amax and its scales: the matrix's, or None to load them here."""
     within = tl.arange(0, BB)  # [BB]
     pairs = tl.arange(0, 8)  # [8]
     block = start + within
@@ -57,9 +56,10 @@ def quantize_tile(
     if F.scaling == "row":
         row = (block // blocks_per_row).to(tl.int64)
         amax = tl.load(amax_ptr + p * amax_stride_p + row * amax_stride_m, mask=mask, other=0.0)  # [BB]
-    else:
+        encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
+    elif amax is None:  # after the elements, whose loads take as long
         amax = tl.load(amax_ptr + p * amax_stride_p)
-    encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
+        encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
     block_amax = block_abs_max(words, lo, hi, KIND, DENSE or F.hadamard, NATIVE)
     scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [BB]
     store_elements(
@@ -68,14 +68,14 @@ def quantize_tile(
     )  # fmt: skip
     if OUT == "packed":
         tl.store(scale_ptr + first + within, e4m3_code(scale), mask=mask)
-        if F.scaling == "row":
-            head = mask & (block % blocks_per_row == 0)
-            index = p * (blocks // blocks_per_row) + row
-            tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
-            tl.store(amax_out_ptr + index, amax, mask=head)
-        elif start == 0:
-            tl.store(tensor_scale_ptr + p, decode_scale)
-            tl.store(amax_out_ptr + p, amax)
+    if F.scaling == "row":
+        head = mask & (block % blocks_per_row == 0)
+        index = p * (blocks // blocks_per_row) + row
+        tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
+        tl.store(amax_out_ptr + index, amax, mask=head)
+    elif start == 0:
+        tl.store(tensor_scale_ptr + p, decode_scale)
+        tl.store(amax_out_ptr + p, amax)
 
 
 @jit
@@ -83,19 +83,31 @@ def _quantize_1x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
     seed: tl.int64, offset: tl.int64, first_block: tl.int64,
-    BB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr, REVERSE: tl.constexpr,
-    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    BB: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
+    REVERSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if REVERSE:  # what the amax kernel read last is still in the L2 cache
         pid = tl.num_programs(0) - 1 - pid
     p = tl.zeros((), tl.int64) if SINGLE else (pid // tiles).to(tl.int64)
-    start = pid * BB if SINGLE else pid % tiles * BB
-    quantize_tile(
-        x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, p, start, blocks, blocks_per_row,
-        amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
-        BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
-    )  # fmt: skip
+    start = pid * (BB * STEPS) if SINGLE else pid % tiles * (BB * STEPS)
+    if STEPS == 1:
+        quantize_tile(
+            x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, None, None, None,
+            p, start, blocks, blocks_per_row,
+            amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
+            BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
+        )  # fmt: skip
+        return
+    amax = tl.load(amax_ptr + p * amax_stride_p)
+    encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
+    for step in range(STEPS):
+        quantize_tile(
+            x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, amax, encode_scale, decode_scale,
+            p, start + step * BB, blocks, blocks_per_row,
+            amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
+            BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
+        )  # fmt: skip
 
 
 @jit
@@ -103,8 +115,7 @@ def _quantize_16x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
     seed: tl.int64, offset: tl.int64, first_block: tl.int64,
-    NB: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    NB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr, REVERSE: tl.constexpr,
     KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -116,41 +127,38 @@ def _quantize_16x16(
     else:
         p = (pid // (row_tiles * column_tiles)).to(tl.int64)
         row_tile = pid // column_tiles % row_tiles
-    row0 = row_tile * (16 * T)
+    row0 = row_tile * 16
     column0 = pid % column_tiles * NB
-    local_row = tl.arange(0, T)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None]  # [T, 16, 1]
-    local_column = tl.arange(0, NB)[None, None, :]  # [1, 1, NB]
-    if EVEN:
-        mask = tl.full((T, 16, NB), True, tl.int1)
-    else:
-        mask = (row0 + local_row < rows) & (column0 + local_column < blocks_per_row)
-    pairs = tl.arange(0, 8)[None, None, None, :]
+    # Columns come first: a warp's threads then lie along a row, as its memory does.
+    column = tl.arange(0, NB)[:, None]
+    row = tl.arange(0, 16)[None, :]
+    pairs = tl.arange(0, 8)[None, None, :]
+    mask = tl.full((NB, 16), True, tl.int1) if EVEN else (column0 + column < blocks_per_row) & (row0 + row < rows)
+    local = row * blocks_per_row + column  # [NB, 16]
+    first = (p * rows + row0) * blocks_per_row + column0
     if DENSE:
-        base = ((p * rows + row0) * blocks_per_row + column0) * 16
-        offsets = (local_row * blocks_per_row + local_column)[:, :, :, None] * 8 + pairs  # [T, 16, NB, 8]
+        base = first * 16
+        offsets = local[:, :, None] * 8 + pairs  # [NB, 16, 8]
     else:
         base = p * stride_p + row0.to(tl.int64) * stride_m + column0.to(tl.int64) * 16 * stride_k
-        offsets = local_row.to(tl.int64)[:, :, :, None] * stride_m
-        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
-    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, :, None], stride_k, DENSE, KIND)
+        offsets = row.to(tl.int64)[:, :, None] * stride_m
+        offsets += (column[:, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
+    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, None], stride_k, DENSE, KIND)
     if F.hadamard:
         lo, hi = hadamard(lo, hi, KIND)
     amax = tl.load(amax_ptr + p * amax_stride_p)
     encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
-    first = (p * rows + row0) * blocks_per_row + column0
-    local = local_row * blocks_per_row + local_column  # [T, 16, NB]
-    number = first_block + first + local
     block_amax = block_abs_max(words, lo, hi, KIND, DENSE and not F.hadamard, NATIVE)
-    scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [T, 1, NB]
+    scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [NB, 1]
     store_elements(
-        out_ptr, first, local[:, :, :, None] * 8 + pairs, mask[:, :, :, None], lo, hi, scale, element, encode_scale,
-        decode_scale, number, seed, offset, OUT, F, KIND, NATIVE,
+        out_ptr, first, local[:, :, None] * 8 + pairs, mask[:, :, None], lo, hi, scale, element, encode_scale,
+        decode_scale, first_block + first + local, seed, offset, OUT, F, KIND, NATIVE,
     )  # fmt: skip
     if OUT == "packed":
-        tl.store(scale_ptr + first + local, tl.broadcast_to(e4m3_code(scale), (T, 16, NB)), mask=mask)
-        if (row0 == 0) & (column0 == 0):
-            tl.store(tensor_scale_ptr + p, decode_scale)
-            tl.store(amax_out_ptr + p, amax)
+        tl.store(scale_ptr + first + local, tl.broadcast_to(e4m3_code(scale), (NB, 16)), mask=mask)
+    if (row0 == 0) & (column0 == 0):
+        tl.store(tensor_scale_ptr + p, decode_scale)
+        tl.store(amax_out_ptr + p, amax)
 
 
 def quantize(
@@ -165,7 +173,7 @@ def quantize(
     """(packed, block_scale, tensor_scale, amax); arguments and bytes as `halfbyte.numerics.nvfp4.quantize`.
 
     Launches: one with amax given or row scaling, else a fill, the maximum, and the quantization; a fill and one for
-    many contiguous matrices. Nothing synchronises.
+    many contiguous matrices by the amax rule. Nothing synchronises.
     """
     shape = x.shape
     m = as_matrices(x, per_matrix)
@@ -178,7 +186,7 @@ def quantize(
         torch.empty(per_scale, dtype=torch.float32, device=device),
     )
     if x.numel() == 0:
-        _scales_only(amax, per_scale, out[2], out[3], fmt)
+        scales_only(amax, out[2], out[3], fmt)
     else:
         dispatch(m, fmt, amax, out, rng, first_block, "packed")
     return out
@@ -193,13 +201,20 @@ def dispatch(
     first_block: int,
     mode: str,
 ) -> None:
-    """Choose the kernels for a non-empty input. mode "packed" fills out; the others fill out[0] with values."""
+    """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     if amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
         row.quantize_into(m, fmt, *out, mode)
-    elif m.matrices > 1 and m.dense and fmt.scaling == "tensor" and fmt.block == (1, 16) and mode == "packed":
+    elif (
+        m.matrices > 1
+        and m.dense
+        and fmt.scaling == "tensor"
+        and fmt.block == (1, 16)
+        and mode == "packed"
+        and (fmt.scale_rule == "amax")
+    ):
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
@@ -225,26 +240,32 @@ def launch(
     native = _target.native_level(m.x.device)
     if fmt.block == (1, 16):
         blocks = m.rows * blocks_per_row
-        bb = BLOCKS
-        tiles = triton.cdiv(blocks, bb)
+        # A warp settles its own near ties, one block a thread keeps the code short, and eight tiles a program make up
+        # for the start of so small a program.
+        alone = fmt.scale_rule == "four_over_six" and fmt.scaling == "tensor" and fmt.error_arithmetic == "exact"
+        bb, warps = (32, 1) if alone else (BLOCKS, WARPS)
+        steps = 8 if alone and blocks * m.matrices >= 1 << 20 else 1
+        tiles = triton.cdiv(blocks, bb * steps)
         per_row = fmt.scaling == "row"
         _quantize_1x16[(tiles * m.matrices,)](
             m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, blocks, blocks_per_row, tiles,
             0 if shared else m.rows if per_row else 1, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k,
             seed, offset, first_block,
-            BB=bb, EVEN=blocks % bb == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
+            BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
             KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
-            num_warps=WARPS, enable_fp_fusion=False,
+            num_warps=warps, maxnreg=64 if alone else None, enable_fp_fusion=False,
         )  # fmt: skip
         return
-    nb, t = 16, 1
-    row_tiles, column_tiles = triton.cdiv(m.rows, 16 * t), triton.cdiv(blocks_per_row, nb)
+    # A thread takes 16 1×16 blocks of plain 16-bit input, of all else 4: what the registers hold.
+    plain = fmt.scale_rule == "amax" and not fmt.hadamard and fmt.rounding == "nearest" and m.kind != 2
+    nb, warps = (32, 2) if plain else (8, 1)
+    row_tiles, column_tiles = triton.cdiv(m.rows, 16), triton.cdiv(blocks_per_row, nb)
     _quantize_16x16[(row_tiles * column_tiles * m.matrices,)](
         m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, m.rows, blocks_per_row,
         row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k, seed, offset, first_block,
-        NB=nb, T=t, EVEN=m.rows % (16 * t) == 0 and blocks_per_row % nb == 0,
+        NB=nb, EVEN=m.rows % 16 == 0 and blocks_per_row % nb == 0,
         SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=warps, maxnreg=96 if fmt.scale_rule == "four_over_six" else None, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -258,11 +279,9 @@ def _scales(
     tl.store(tensor_scale_ptr + i, tensor_scales(amax, F.e4m3_max, NATIVE)[1], mask=i < count)
 
 
-def _scales_only(
-    amax: Tensor | None, per_scale: torch.Size, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4
-) -> None:
+def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4) -> None:
     """The tensor scales of an input without elements."""
-    count = math.prod(per_scale)
+    count = tensor_scale.numel()
     if count:
         amax = tensor_scale.new_zeros(()) if amax is None else amax.contiguous()
         _scales[(triton.cdiv(count, 128),)](

@@ -52,8 +52,8 @@ def _quantize_row(
     )  # fmt: skip
     if OUT == "packed":
         tl.store(scale_ptr + first + block, e4m3_code(scale), mask=mask)
-        tl.store(tensor_scale_ptr + pid, decode_scale)
-        tl.store(amax_out_ptr + pid, amax)
+    tl.store(tensor_scale_ptr + pid, decode_scale)
+    tl.store(amax_out_ptr + pid, amax)
 
 
 def quantize_into(

@@ -65,14 +65,14 @@ def _quantize(
         wait(done_ptr + p, amax_tiles, NATIVE)
         quantize.quantize_tile(
             x_ptr, out_ptr, scale_ptr, state_ptr.to(tl.pointer_type(tl.float32)), tensor_scale_ptr, amax_out_ptr,
-            p.to(tl.int64), (tile - amax_tiles) * BB, blocks, blocks_per_row, 1, 0, 0, 0, 1,
+            None, None, None, p.to(tl.int64), (tile - amax_tiles) * BB, blocks, blocks_per_row, 1, 0, 0, 0, 1,
             seed, offset, first_block, BB, EVEN, True, KIND, "packed", F, NATIVE, True,
         )  # fmt: skip
 
 
 def tile_blocks(fmt: NVFP4) -> int:
     """Blocks of a quantization tile: many where they are cheap, so that few programs wait."""
-    return BLOCKS if fmt.scale_rule == "amax" and not fmt.hadamard and fmt.rounding == "nearest" else 128
+    return BLOCKS if not fmt.hadamard and fmt.rounding == "nearest" else 128
 
 
 def quantize_into(

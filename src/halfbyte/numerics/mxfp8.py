@@ -23,9 +23,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     encode_scale = e8m0.power_of_two(e8m0.BIAS - code.int())
     elements = e4m3.encode(blocks * encode_scale).view(torch.uint8)
     elements = torch.where(code == e8m0.NAN_BYTE, 0, elements).to(torch.uint8).view(torch.float8_e4m3fn)
-    return elements.flatten(-2), code.squeeze(-1)
+    return elements.flatten(-2).contiguous(), code.squeeze(-1).contiguous()
 
 
 def dequantize(elements: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """value · 2^(code-127) in float32, rounded once to dtype, (…, K); scale 255 → NaN."""
-    return (elements.float() * e8m0.decode(block_scale).repeat_interleave(COLUMNS, -1)).to(dtype)
+    return (elements.float() * e8m0.decode(block_scale).repeat_interleave(COLUMNS, -1)).to(dtype).contiguous()

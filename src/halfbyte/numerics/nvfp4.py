@@ -54,8 +54,8 @@ def quantize(
 
     out_amax = computed.reshape(amax_shape(shape, fmt, per_matrix))
     return Encoded(
-        packed=e2m1.pack(codes.flatten(-2)).reshape(*shape[:-1], shape[-1] // 2),
-        block_scale=scale.reshape(*shape[:-1], shape[-1] // COLUMNS),
+        packed=e2m1.pack(codes.flatten(-2)).reshape(*shape[:-1], shape[-1] // 2).contiguous(),
+        block_scale=scale.reshape(*shape[:-1], shape[-1] // COLUMNS).contiguous(),
         tensor_scale=tensor_scales(out_amax, fmt)[1],
         amax=out_amax,
     )
@@ -79,7 +79,7 @@ def tensor_scales(amax: Tensor, fmt: NVFP4) -> tuple[Tensor, Tensor]:
 def dequantize(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """q · (f32(s) · S_dec) in float32, rounded once to dtype, (…, K); tensor_scale of `amax_shape`."""
     scale = block_scale.float() * _align(tensor_scale, packed.dim())
-    return (e2m1.decode(e2m1.unpack(packed)) * scale.repeat_interleave(COLUMNS, -1)).to(dtype)
+    return (e2m1.decode(e2m1.unpack(packed)) * scale.repeat_interleave(COLUMNS, -1)).to(dtype).contiguous()
 
 
 def decode_without_tensor_scale(packed: Tensor, block_scale: Tensor) -> Tensor:

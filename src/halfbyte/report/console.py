@@ -45,6 +45,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "output": str(report.output),
         "format": format_to_json(report.options.format),
         "layout": report.options.layout,
+        "impl": report.impl,
         "source_bytes": report.source_bytes,
         "output_bytes": report.output_bytes,
         "bits_per_weight": report.bits_per_weight,
@@ -64,8 +65,10 @@ def print_report(console: Console, report: Report) -> None:
     """A conversion's summary."""
     shrink = report.source_bytes / report.output_bytes
     console.print(
-        f"[bold]{report.output}[/]  {format_name(report.options.format)}, {report.options.layout} layout: "
-        f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s"
+        Text(str(report.output), style="bold"),
+        f" {format_name(report.options.format)}, {report.options.layout} layout: "
+        f"{size(report.source_bytes)} → {size(report.output_bytes)} ({shrink:.2f}× smaller) in {report.seconds:.1f} s "
+        f"with impl={report.impl!r}",
     )
     console.print(
         f"{len(report.weights)} weights at {report.bits_per_weight:.3f} bits each, {report.kept} tensors kept, "
@@ -78,7 +81,7 @@ def print_report(console: Console, report: Report) -> None:
     kinds.add_row("all", str(len(report.weights)), "", f"{report.relative_error():.4%}", style="bold")
     worst = Table("worst five tensors", "relative error")
     for weight in _worst(report):
-        worst.add_row(weight.name, f"{weight.relative_error:.4%}")
+        worst.add_row(Text(weight.name, overflow="fold"), f"{weight.relative_error:.4%}")
     console.print(kinds, worst)
     serve = Table("engine", "command", title="Load it with", title_justify="left")
     for engine, command in serve_commands(report.output, report.options, _has_experts(report)).items():
@@ -114,7 +117,7 @@ def print_plan(console: Console, plan: Plan, options: Options) -> None:
     for item in plan:
         becomes = Text(name, style="green") if item.decision.quantize else Text(item.dtype.lower(), style="dim")
         shape = "×".join(map(str, item.shape))
-        table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, item.decision.reason)
+        table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, Text(item.decision.reason))
     totals = Counter((name if item.decision.quantize else "kept", item.decision.reason) for item in plan)
     lines = [Text(f"{count:6}  {state}: {reason}") for (state, reason), count in totals.items()]
     console.print(Group(table, *lines, Text("Nothing was written.")))

@@ -112,11 +112,15 @@ def _rule(fmt: NVFP4, rng: tuple[int, int] | None, first_block: int) -> code.Rul
     return code.Amax(six_e)
 
 
-def dequantize(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q · (f32(s) · S_dec), rounded once to dtype, (…, K); tensor_scale of any shape that `quantize` gives.
+def dequantize(
+    packed: Tensor, block_scale: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """q · (f32(s) · S_dec), rounded once to dtype, (…, K); tensor_scale of any shape that `quantize` gives, or None: 1.
 
     Inputs that are not contiguous are copied.
     """
+    if tensor_scale is None:
+        tensor_scale = torch.ones((), dtype=torch.float32)
     rows, blocks = rows_of(packed.shape), block_scale.shape[-1]
     out, values = empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype)
     if out.numel() == 0:

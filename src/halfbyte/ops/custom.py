@@ -1,0 +1,199 @@
+"""Every operation as one opaque operator, for torch.compile: `torch.ops.halfbyte.*`, with fake implementations.
+
+An operator takes plain values only: a format travels as text, 64-bit words as signed integers, and the name of the
+implementation, already chosen, comes last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import NVFP4
+from ..numerics import nvfp4
+from ..numerics.swizzle import swizzled_size
+from .backends import backend
+
+Words = tuple[int, int] | None
+
+
+def spell(fmt: NVFP4) -> str:
+    """A format as text that `_read` reads."""
+    return (
+        f"{fmt.block[0]} {fmt.scaling} {fmt.scale_rule} {int(fmt.hadamard)} {fmt.rounding} {fmt.error} "
+        f"{fmt.e4m3_max} {fmt.error_arithmetic}"
+    )
+
+
+@functools.cache
+def _read(text: str) -> NVFP4:
+    rows, scaling, scale_rule, hadamard, rounding, error, e4m3_max, error_arithmetic = text.split()
+    values: Any = (
+        (int(rows), 16), scaling, scale_rule, hadamard == "1", rounding, None if error == "None" else error,
+        int(e4m3_max), error_arithmetic,
+    )  # fmt: skip
+    return NVFP4(*values)
+
+
+def signed(words: Words) -> list[int] | None:
+    """Two 64-bit words as the signed integers with their bits."""
+    return None if words is None else [word - 2**64 if word >= 2**63 else word for word in words]
+
+
+def _unsigned(words: Sequence[int] | None) -> Words:
+    return None if words is None else (words[0] % 2**64, words[1] % 2**64)
+
+
+def _empty(x: Tensor, fmt: NVFP4, per_matrix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scales = nvfp4.amax_shape(x.shape, fmt, per_matrix)
+    return (
+        x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8),
+        x.new_empty((*x.shape[:-1], x.shape[-1] // 16), dtype=torch.float8_e4m3fn),
+        x.new_empty(scales, dtype=torch.float32),
+        x.new_empty(scales, dtype=torch.float32),
+    )
+
+
+def _apart(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors, copied where two share memory, which an operator's results may not."""
+    seen = set()
+    for tensor in tensors:
+        place = tensor.untyped_storage().data_ptr()
+        yield tensor.clone() if place in seen and place else tensor
+        seen.add(place)
+
+
+@torch.library.custom_op("halfbyte::quantize_nvfp4", mutates_args=())
+def quantize_nvfp4(
+    x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, rng: Sequence[int] | None, first_block: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.quantize_nvfp4`."""
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    packed, block_scale, tensor_scale, out_amax = backend(impl).quantize_nvfp4(x, _read(fmt), **options)
+    return packed, block_scale, tensor_scale, out_amax
+
+
+@quantize_nvfp4.register_fake
+def _(x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x, _read(fmt), per_matrix)
+
+
+@torch.library.custom_op("halfbyte::quantize_mxfp8", mutates_args=())
+def quantize_mxfp8(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """`ops.quantize_mxfp8`."""
+    return backend(impl).quantize_mxfp8(x)
+
+
+@quantize_mxfp8.register_fake
+def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    scale = x.new_empty((*x.shape[:-1], x.shape[-1] // 32), dtype=torch.uint8)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
+
+
+@torch.library.custom_op("halfbyte::dequantize_nvfp4", mutates_args=())
+def dequantize_nvfp4(
+    packed: Tensor, block_scale: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype, impl: str
+) -> Tensor:
+    """`ops.dequantize_nvfp4`."""
+    return backend(impl).dequantize_nvfp4(packed, block_scale, tensor_scale, dtype)
+
+
+@dequantize_nvfp4.register_fake
+def _(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
+
+
+@torch.library.custom_op("halfbyte::dequantize_mxfp8", mutates_args=())
+def dequantize_mxfp8(elements: Tensor, block_scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """`ops.dequantize_mxfp8`."""
+    return backend(impl).dequantize_mxfp8(elements, block_scale, dtype)
+
+
+@dequantize_mxfp8.register_fake
+def _(elements: Tensor, block_scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    return elements.new_empty(elements.shape, dtype=dtype)
+
+
+@torch.library.custom_op("halfbyte::fake_quantize", mutates_args=())
+def fake_quantize(
+    x: Tensor,
+    amax: Tensor | None,
+    fmt: str,
+    unscaled: bool,
+    per_matrix: bool,
+    rng: Sequence[int] | None,
+    first_block: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """`ops.fake_quantize`."""
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    return backend(impl).fake_quantize(x, _read(fmt), unscaled=unscaled, **options)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, amax: Tensor | None, fmt: str, unscaled: bool, per_matrix: bool, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _empty(x, _read(fmt), per_matrix)[2]
+
+
+@torch.library.custom_op("halfbyte::quantize_transpose", mutates_args=())
+def quantize_transpose(
+    x: Tensor,
+    amax: Tensor | None,
+    transposed_amax: Tensor | None,
+    fmt: str,
+    transposed_fmt: str,
+    rng: Sequence[int] | None,
+    transposed_rng: Sequence[int] | None,
+    impl: str,
+) -> list[Tensor]:
+    """`ops.quantize_transpose`, its eight tensors in a row."""
+    rows, columns = backend(impl).quantize_transpose(
+        x, _read(fmt), _read(transposed_fmt), amax=amax, transposed_amax=transposed_amax,
+        rng=_unsigned(rng), transposed_rng=_unsigned(transposed_rng),
+    )  # fmt: skip
+    return list(_apart((*rows, *columns)))
+
+
+@quantize_transpose.register_fake
+def _(
+    x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any
+) -> list[Tensor]:
+    return [*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True)]
+
+
+@torch.library.custom_op("halfbyte::quantize_many", mutates_args=())
+def quantize_many(xs: Sequence[Tensor], amax: Tensor | None, fmt: str, shared_amax: bool, impl: str) -> list[Tensor]:
+    """`ops.quantize_many`, its tensors in a row, four for each."""
+    results = backend(impl).quantize_many(xs, _read(fmt), amax=amax, shared_amax=shared_amax)
+    return list(_apart(tensor for result in results for tensor in result))
+
+
+@quantize_many.register_fake
+def _(xs: Sequence[Tensor], amax: Tensor | None, fmt: str, *_: Any) -> list[Tensor]:
+    return [tensor for x in xs for tensor in _empty(x, _read(fmt), False)]
+
+
+@torch.library.custom_op("halfbyte::swizzle", mutates_args=())
+def swizzle(scale: Tensor, impl: str) -> Tensor:
+    """`ops.swizzle`."""
+    return backend(impl).swizzle(scale)
+
+
+@swizzle.register_fake
+def _(scale: Tensor, impl: str) -> Tensor:
+    return scale.new_empty((*scale.shape[:-2], swizzled_size(scale.shape[-2], scale.shape[-1])))
+
+
+@torch.library.custom_op("halfbyte::unswizzle", mutates_args=())
+def unswizzle(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
+    """`ops.unswizzle`."""
+    return backend(impl).unswizzle(swizzled, rows, columns)
+
+
+@unswizzle.register_fake
+def _(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
+    return swizzled.new_empty((*swizzled.shape[:-1], rows, columns))

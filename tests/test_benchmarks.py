@@ -1,0 +1,39 @@
+"""The benchmark command runs and writes what it measured; whether anything is fast is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from .check import equal, true
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks"), "--device", "cpu", "--no-alternatives", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_cpu_table(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "cpu.json"
+    done = run(
+        "--shapes", "32x64", "1x64", "--only", "plain", "--note", "a test", "--commit", "abc", "--json", str(file)
+    )
+    equal(done.returncode, 0, done.stderr)
+    true("bytes equal the contract's" in done.stdout, done.stdout)
+    result = json.loads(file.read_text())
+    equal((result["commit"], result["note"]), ("abc", "a test"))
+    true({"python", "torch", "numba"} <= set(result["versions"]), "versions")
+    rows = {(row["name"], tuple(row["shape"])): row for row in result["rows"]}
+    true(("plain", (32, 64)) in rows and ("plain", (1, 64)) in rows, "both shapes")
+    true(("plain, of a transposed matrix", (1, 64)) not in rows, "one row has no blocks of 16 below each other")
+    equal(rows["plain", (32, 64)]["bytes"], 32 * 64 * 41 // 16)
+    equal(rows["plain", (32, 64)]["goals"], {}, "no goals where launches rule")
+    true(all(microseconds > 0 for microseconds in result["python_microseconds"].values()), "overhead")
+
+
+def test_unknown_cases() -> None:
+    done = run("--only", "nothing")
+    equal(done.returncode, 1)
+    true("--only nothing: choose from plain, " in done.stderr, done.stderr)

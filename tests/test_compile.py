@@ -1,0 +1,132 @@
+"""Under torch.compile(fullgraph=True) every operation is one operator, and gives the same."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import halfbyte as hb
+from halfbyte.formats import E4M3_MAX_CHOICES
+from halfbyte.numerics import nvfp4
+from halfbyte.ops import custom
+
+from .check import equal, same_bits
+
+NV, MX = hb.NVFP4(), hb.MXFP8()
+STOCHASTIC, RHT = hb.NVFP4(rounding="stochastic"), hb.NVFP4(hadamard=True)
+WORDS = (2**64 - 1, 2**63)
+
+
+def amax(x: Tensor) -> Tensor:
+    return torch.tensor(2.0, device=x.device)
+
+
+def parts(result: Any) -> list[Tensor]:
+    """All tensors in what a call returned."""
+    if isinstance(result, Tensor):
+        return [result]
+    if dataclasses.is_dataclass(result):
+        result = [getattr(result, name) for name in ("packed", "block_scale", "tensor_scale", "amax")]
+    return [tensor for part in result if part is not None for tensor in parts(part)]
+
+
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "quantize": lambda x: hb.quantize(x, NV),
+    "quantize amax": lambda x: hb.quantize(x, NV, amax=amax(x), per_matrix=True),
+    "quantize stochastic": lambda x: hb.quantize(x, STOCHASTIC, rng=WORDS, first_block=3),
+    "quantize swizzled": lambda x: hb.quantize(x, hb.NVFP4(scaling="row"), swizzle=True),
+    "quantize mxfp8": lambda x: hb.quantize(x, MX),
+    "dequantize": lambda x: hb.quantize(x, NV).dequantize(torch.bfloat16),
+    "dequantize unscaled": lambda x: hb.quantize(x, NV).dequantize(unscaled=True),
+    "dequantize swizzled": lambda x: hb.quantize(x, NV, swizzle=True).dequantize(),
+    "dequantize mxfp8": lambda x: hb.quantize(x, MX).dequantize(),
+    "fake_quantize": lambda x: hb.fake_quantize(x, NV, amax=amax(x)),
+    "fake_quantize mxfp8": lambda x: hb.fake_quantize(x, MX),
+    "fake_quantize_unscaled": lambda x: hb.fake_quantize_unscaled(x, STOCHASTIC, rng=WORDS),
+    "quantize_transpose": lambda x: hb.quantize_transpose(x, NV, RHT, transposed_amax=amax(x)),
+    "quantize_transpose stochastic": lambda x: hb.quantize_transpose(x, STOCHASTIC, rng=(1, 2), transposed_rng=WORDS),
+    "quantize_many": lambda x: hb.quantize_many([x, x[0], 2 * x], NV),
+    "quantize_many shared": lambda x: hb.quantize_many([x, x[0], 2 * x], NV, shared_amax=True),
+    "quantize_many mxfp8": lambda x: hb.quantize_many([x, x[0]], MX),
+    "swizzle": lambda x: hb.unswizzle(hb.swizzle(x.abs().to(torch.uint8)), 32, 64),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fullgraph(rng, name: str) -> None:
+    x = torch.randn(2, 32, 64, generator=rng)
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    got, wanted = parts(compiled(x)), parts(CALLS[name](x))
+    equal(len(got), len(wanted))
+    for a, e in zip(got, wanted, strict=True):
+        same_bits(a, e, name)
+
+
+F, S = custom.spell(NV), custom.spell(STOCHASTIC)
+X = torch.linspace(-3, 3, 2 * 32 * 64).reshape(2, 32, 64)
+Q = nvfp4.quantize(X, NV)
+OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "quantize_nvfp4": (custom.quantize_nvfp4, (X, None, F, False, None, 0)),
+    "quantize_nvfp4 per matrix": (custom.quantize_nvfp4, (X, amax(X), S, True, [1, -1], 5)),
+    "quantize_nvfp4 transposed": (custom.quantize_nvfp4, (X.mT, None, F, False, None, 0)),
+    "quantize_mxfp8": (custom.quantize_mxfp8, (X,)),
+    "quantize_mxfp8 transposed": (custom.quantize_mxfp8, (X.mT,)),
+    "dequantize_nvfp4": (custom.dequantize_nvfp4, (*Q[:3], torch.float16)),
+    "dequantize_nvfp4 unscaled": (
+        custom.dequantize_nvfp4,
+        (*Q[:2], None, torch.float32),
+    ),
+    "dequantize_nvfp4 strided": (
+        custom.dequantize_nvfp4,
+        (*(t.mT.contiguous().mT for t in Q[:2]), Q[2], torch.float32),
+    ),
+    "dequantize_mxfp8": (custom.dequantize_mxfp8, (*custom.quantize_mxfp8(X, "cpu"), torch.bfloat16)),
+    "fake_quantize": (custom.fake_quantize, (X, None, F, False, True, None, 0)),
+    "fake_quantize transposed": (custom.fake_quantize, (X.mT, None, F, True, True, None, 0)),
+    "fake_quantize unscaled": (custom.fake_quantize, (X, amax(X), S, True, False, [1, 2], 0)),
+    "quantize_transpose": (custom.quantize_transpose, (X, None, amax(X), F, S, None, [1, 2])),
+    "quantize_many": (custom.quantize_many, ([X, X[0].half()], None, F, True)),
+    "swizzle": (custom.swizzle, (X[:, :3, :5].to(torch.uint8),)),
+    "unswizzle": (custom.unswizzle, (torch.zeros(2, 1024, dtype=torch.uint8), 3, 5)),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_opcheck(name: str, impl: str) -> None:
+    operator, arguments = OPCHECKS[name]
+    checks = [
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+        "test_aot_dispatch_dynamic",
+    ]
+    if not name.startswith("dequantize"):  # torch's own check of the schema cannot compare two float8 tensors
+        checks.append("test_schema")
+    torch.library.opcheck(operator, (*arguments, impl), test_utils=checks)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_opcheck_of_nothing(impl: str) -> None:
+    torch.library.opcheck(custom.quantize_nvfp4, (torch.empty(0, 32), None, F, False, None, 0, impl))
+    torch.library.opcheck(custom.fake_quantize, (torch.empty(0, 32), None, F, False, False, None, 0, impl))
+    torch.library.opcheck(custom.quantize_transpose, (torch.empty(0, 32), None, None, F, F, None, None, impl))
+    torch.library.opcheck(custom.quantize_many, ([torch.empty(0, 32)], None, F, False, impl))
+
+
+def test_every_format_can_be_spelled() -> None:
+    formats = [hb.NVFP4(e4m3_max=e) for e in E4M3_MAX_CHOICES]
+    formats += [hb.NVFP4(scaling="row", hadamard=True), hb.NVFP4(block=(16, 16), rounding="stochastic")]
+    formats += [hb.NVFP4(scale_rule="four_over_six", error="mse", error_arithmetic="fp16")]
+    for fmt in formats:
+        equal(custom._read(custom.spell(fmt)), fmt)
+
+
+def test_results_that_share_memory_are_copied() -> None:
+    whole = torch.arange(4.0)
+    first, second = custom._apart([whole[:2], whole[2:]])
+    same_bits(second, torch.tensor([2.0, 3.0]))
+    equal(first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr(), False)
