@@ -1,4 +1,4 @@
-"""Lists and stacks of tensors in one launch, against the contract; on a GPU, or in the interpreter as `test_triton_kernels.py`."""
+"""Lists and stacks of tensors in one launch, against the contract; run as `test_triton_kernels.py` is."""
 
 import pytest
 import torch
