@@ -130,6 +130,13 @@ def test_quantize_equals_the_contract(fmt: NVFP4, make: Callable[..., Tensor]) -
                 check(got, wanted, f"{kind} {dtype} amax={amax}")
 
 
+@pytest.mark.parametrize("error", ["mae", "mse"])
+def test_four_over_six_where_only_the_smaller_scale_is_zero(error: str, make: Callable[..., Tensor]) -> None:
+    x, amax = make("tie", torch.bfloat16, (64, 48)), torch.tensor(1.5e6)
+    fmt = NVFP4(scale_rule="four_over_six", error=error)
+    check(quantize.quantize(x.to(DEVICE), fmt, amax=amax.to(DEVICE)), nvfp4.quantize(x, fmt, amax=amax), error)
+
+
 @pytest.mark.parametrize("fmt", FORMATS[:1] if INTERPRETING else FORMATS, ids=str)
 def test_any_strides_without_a_copy(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
     for dtype, kind in (
@@ -193,6 +200,34 @@ def test_transposed_stack(make: Callable[..., Tensor]) -> None:
     columns, rows = transposed.quantize(x.to(DEVICE), NVFP4(), rowwise=NVFP4())
     check(columns, nvfp4.quantize(x.mT, NVFP4(), per_matrix=True), "columns")
     check(rows, nvfp4.quantize(x, NVFP4(), per_matrix=True), "rows")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rowwise"),
+    [
+        (NVFP4(), NVFP4()),
+        (NVFP4(hadamard=True), NVFP4(e4m3_max=288)),
+        (NVFP4(hadamard=True, rounding="stochastic"), NVFP4(hadamard=True)),
+        (NVFP4(), NVFP4(scaling="row")),
+        (NVFP4(scale_rule="four_over_six"), NVFP4(scale_rule="four_over_six")),
+    ],
+    ids=str,
+)
+def test_transposed_with_rowwise_under_given_amax(fmt: NVFP4, rowwise: NVFP4, make: Callable[..., Tensor]) -> None:
+    for i, kind in enumerate(("wide", "nan", "tiny", "tie")):
+        if fmt.hadamard and kind == "nan":
+            continue
+        x = make(kind, DTYPES[i % 3], (2, 80, 48) if INTERPRETING else (3, 208, 1040))
+        for factor in (1.0, 1e6):
+            amax = torch.tensor([1.5, 40.0, 0.3])[: x.shape[0]] * factor
+            row_amax = amax.flip(0) if rowwise.scaling == "tensor" else x.abs().amax(-1).float()
+            columns, rows = transposed.quantize(
+                x.to(DEVICE), fmt, amax=amax.to(DEVICE), rng=random_words(fmt), first_block=3,
+                rowwise=rowwise, rowwise_amax=row_amax.to(DEVICE),
+            )  # fmt: skip
+            wanted = nvfp4.quantize(x.mT, fmt, amax=amax, per_matrix=True, rng=random_words(fmt), first_block=3)
+            check(columns, wanted, f"columns {kind} {factor}")
+            check(rows, nvfp4.quantize(x, rowwise, amax=row_amax, per_matrix=True), f"rows {kind} {factor}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,7 +330,7 @@ def test_four_over_six_on_the_brink(error: Any, block: Any) -> None:
 
 
 @pytest.mark.parametrize("error", ["mae", "mse"])
-def test_four_over_six_under_any_amax(error: Any, make: Callable[..., Tensor]) -> None:
+def test_four_over_six_under_any_amax(error: str, make: Callable[..., Tensor]) -> None:
     for block in ((1, 16), (16, 16)):
         fmt = NVFP4(scale_rule="four_over_six", error=error, block=block)
         for i, exponent in enumerate(range(-38, 39, 19 if INTERPRETING else 2)):

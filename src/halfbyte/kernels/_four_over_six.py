@@ -86,6 +86,7 @@ def _in_range(lo, hi, valid, block_amax, encode_scale, decode_scale, amax, F: tl
         )
     certain = certain | (scale6 == scale4)  # then the errors are equal too: zeros, and blocks beyond A
     if tl.min(certain.to(tl.int32)) == 0:
+        element6 = tl.where(scale6 == 0, FLT_MAX, element6)  # here it is infinite, or NaN
         pick4 = _pick4(lo, hi, valid, scale6, element6, scale4, element4, encode_scale, amax, F, NATIVE > 0)
     scale = tl.where(pick4, scale4, scale6)
     return scale, tl.where(scale == 0, FLT_MAX, tl.where(pick4, element4, element6))

@@ -63,6 +63,30 @@ def block_abs_max(words, lo, hi, KIND: tl.constexpr, PACKED: tl.constexpr, NATIV
 
 
 @jit
+def halves_abs_max(even, odd, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """max |x| over the last axis of both, apart for the first and the second elements of the words; NaN wins."""
+    axis: tl.constexpr = len(even.shape) - 1
+    if NATIVE >= 2 and KIND == 0:
+        both = _magnitude_bfloat16x2(
+            tl.reduce(even, axis, _magnitude_bfloat16x2), tl.reduce(odd, axis, _magnitude_bfloat16x2)
+        )
+        low, high = unpack_words(both, KIND)
+        low, high = tl.abs(low), tl.abs(high)
+    elif NATIVE >= 2 and KIND == 1:
+        both = _magnitude_float16x2(
+            tl.reduce(even, axis, _magnitude_float16x2), tl.reduce(odd, axis, _magnitude_float16x2)
+        )
+        low, high = unpack_words(both, KIND)
+        low, high = tl.abs(low), tl.abs(high)
+    else:
+        even_low, even_high = unpack_words(even, KIND)
+        odd_low, odd_high = unpack_words(odd, KIND)
+        low = reduce_max(_maximum(tl.abs(even_low), tl.abs(odd_low)), axis, NATIVE)
+        high = reduce_max(_maximum(tl.abs(even_high), tl.abs(odd_high)), axis, NATIVE)
+    return low, high
+
+
+@jit
 def running_abs_max(largest, words, lo, hi, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Elementwise maximum so far, int32: packed magnitudes for 16-bit words, else bit patterns of float32."""
     if NATIVE >= 2 and KIND == 0:

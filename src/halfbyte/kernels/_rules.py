@@ -27,10 +27,14 @@ from ._primitives import (
     philox_pairs,
     round_to_kind,
     split8,
+    unpack_words,
     words_of,
 )
 from ._search import code_value
 from ._search import codes as search_codes
+
+# e is at least S_enc/448, a non-zero 16-bit element at least 2^-133: above this S_enc, x·e/2 stays above 2^-149.
+SAFE_ABOVE = tl.constexpr(0.015625)
 
 
 @jit
@@ -57,13 +61,18 @@ def block_scales(
 
 
 @jit
-def encode(lo, hi, element, number, seed, offset, F: tl.constexpr, NATIVE: tl.constexpr):
-    """Packed bytes (uint8, lo's shape) of pairs; number: of each 1×16 block, int64, for stochastic rounding only."""
+def encode(
+    lo, hi, element, number, seed, offset, F: tl.constexpr, NATIVE: tl.constexpr, SAFE: tl.constexpr = False
+):  # fmt: skip
+    """Packed bytes (uint8, lo's shape) of pairs; number: of each 1×16 block, int64, for stochastic rounding only.
+
+    SAFE: see `e2m1_pair`, for rounding to nearest only.
+    """
     if F.rounding == "stochastic":
         u_lo, u_hi = philox_pairs(number, seed, offset)
         packed = e2m1_stochastic_pair(lo, hi, element.expand_dims(-1), u_lo, u_hi)
     else:
-        packed = e2m1_pair(lo, hi, element.expand_dims(-1), False, NATIVE)
+        packed = e2m1_pair(lo, hi, element.expand_dims(-1), SAFE, NATIVE)
     return packed
 
 
@@ -87,9 +96,8 @@ def store_elements(
         else:
             tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int32)) + offsets, words, mask=mask)
     elif NATIVE and KIND != 2 and F.rounding == "nearest" and len(encode_scale.shape) == 0:
-        # e is at least S_enc/448, a non-zero 16-bit element at least 2^-133: here x·e/2 stays above 2^-149.
         # Each branch stores: bytes that leave a branch would leave it in a register each.
-        if encode_scale > 0.015625:
+        if encode_scale > SAFE_ABOVE:
             packed = e2m1_pair(lo, hi, element.expand_dims(-1), True, NATIVE)
             tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
         else:
@@ -124,8 +132,8 @@ def _hadamard8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @jit
-def hadamard(lo, hi, KIND: tl.constexpr):
-    """The random Hadamard transform of [..., 8] pairs, rounded to the input's dtype."""
+def _transform(lo, hi):
+    """The random Hadamard transform of [..., 8] pairs, before it is rounded."""
     l0, l1, l2, l3, l4, l5, l6, l7 = split8(lo)
     h0, h1, h2, h3, h4, h5, h6, h7 = split8(hi)
     # diag(SIGNS) = + + | + - | + - | - - | - - | - + | - + | - -
@@ -141,6 +149,22 @@ def hadamard(lo, hi, KIND: tl.constexpr):
     l7, h7 = _butterfly(l7, h7)
     l0, l1, l2, l3, l4, l5, l6, l7 = _hadamard8(l0, l1, l2, l3, l4, l5, l6, l7)
     h0, h1, h2, h3, h4, h5, h6, h7 = _hadamard8(h0, h1, h2, h3, h4, h5, h6, h7)
-    lo = round_to_kind(join8(l0, l1, l2, l3, l4, l5, l6, l7) * 0.25, KIND)
-    hi = round_to_kind(join8(h0, h1, h2, h3, h4, h5, h6, h7) * 0.25, KIND)
+    lo = join8(l0, l1, l2, l3, l4, l5, l6, l7) * 0.25
+    hi = join8(h0, h1, h2, h3, h4, h5, h6, h7) * 0.25
     return lo, hi
+
+
+@jit
+def hadamard(lo, hi, KIND: tl.constexpr):
+    """The random Hadamard transform of [..., 8] pairs, rounded to the input's dtype."""
+    lo, hi = _transform(lo, hi)
+    return round_to_kind(lo, KIND), round_to_kind(hi, KIND)
+
+
+@jit
+def hadamard_words(lo, hi, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """As `hadamard`, by way of machine words: (words, lo, hi). The words make the blocks' maxima cheaper too."""
+    lo, hi = _transform(lo, hi)
+    words = words_of(lo, hi, KIND, NATIVE)
+    lo, hi = unpack_words(words, KIND)
+    return words, lo, hi

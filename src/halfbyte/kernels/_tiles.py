@@ -44,14 +44,18 @@ def as_matrices(x: Tensor, per_matrix: bool) -> Matrices:
 
 
 @jit
-def load_blocks(x_ptr, base, offsets, mask, stride_k, DENSE: tl.constexpr, KIND: tl.constexpr):
+def load_blocks(
+    x_ptr, base, offsets, mask, stride_k, DENSE: tl.constexpr, KIND: tl.constexpr, LAST: tl.constexpr = False
+):  # fmt: skip
     """(words, lo, hi): words as they lie where DENSE, and the float32 pairs; absent elements are 0.
 
     base: scalar, in elements. offsets: int32 or int64; of the pairs where DENSE, else of the even elements.
+    LAST: nothing will read the words again, so that they need not stay in the L2 cache.
     """
     if DENSE:
         word: tl.constexpr = tl.int64 if KIND == 2 else tl.int32
-        words = tl.load((x_ptr + base).to(tl.pointer_type(word)) + offsets, mask=mask, other=0)
+        x_ptr = (x_ptr + base).to(tl.pointer_type(word))
+        words = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first" if LAST else "")
         lo, hi = unpack_words(words, KIND)
     else:
         lo = tl.load(x_ptr + base + offsets, mask=mask, other=0.0)

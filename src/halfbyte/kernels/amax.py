@@ -16,7 +16,7 @@ from ..formats import NVFP4
 from . import _target
 from ._maxima import block_abs_max, running_abs_max, running_abs_max_bits
 from ._primitives import jit
-from ._rules import hadamard
+from ._rules import hadamard, hadamard_words
 from ._tiles import Matrices, load_blocks
 
 BLOCKS = 256  # 1×16 blocks that a program holds at a time
@@ -37,7 +37,7 @@ def flat_amax(
         words, lo, hi = load_blocks(x_ptr, (p * blocks + first) * 16, within, mask, 1, True, KIND)  # [BB·8]
         largest = running_abs_max(largest, words, lo, hi, KIND, NATIVE)
     bits = running_abs_max_bits(largest, KIND, NATIVE)
-    tl.atomic_max(bits_ptr + p, tl.max(bits, 0))
+    tl.atomic_max(bits_ptr + p, tl.max(bits, 0), sem="relaxed")
 
 
 @jit
@@ -62,10 +62,10 @@ def block_amax_tiles(
             offsets = row[:, None] * stride_m + (column[:, None] * 8 + pairs[None, :]) * (2 * stride_k)
         words, lo, hi = load_blocks(x_ptr, base, offsets, mask, stride_k, DENSE, KIND)  # [BB, 8]
         if HADAMARD:
-            lo, hi = hadamard(lo, hi, KIND)
-        maxima = block_abs_max(words, lo, hi, KIND, False, NATIVE)  # [BB]
+            words, lo, hi = hadamard_words(lo, hi, KIND, NATIVE)
+        maxima = block_abs_max(words, lo, hi, KIND, DENSE or HADAMARD, NATIVE)  # [BB]
         largest = tl.maximum(largest, maxima.to(tl.int32, bitcast=True))
-    tl.atomic_max(bits_ptr + p, tl.max(largest, 0))
+    tl.atomic_max(bits_ptr + p, tl.max(largest, 0), sem="relaxed")
 
 
 @jit

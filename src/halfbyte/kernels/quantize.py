@@ -20,7 +20,7 @@ from ..formats import NVFP4
 from . import _target, row, search, stacked
 from ._maxima import block_abs_max
 from ._primitives import e4m3_code, jit, tensor_scales
-from ._rules import block_scales, hadamard, store_elements
+from ._rules import block_scales, hadamard, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax
 
@@ -34,7 +34,7 @@ def quantize_tile(
     p, start, blocks, blocks_per_row,
     amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
     BB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
-    F: tl.constexpr, NATIVE: tl.constexpr,
+    F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False,
 ):  # fmt: skip
     """Blocks start … start + BB of matrix p (int64). amax and its scales: the matrix's, or None to load them here."""
     within = tl.arange(0, BB)  # [BB]
@@ -50,9 +50,9 @@ def quantize_tile(
         column = (block % blocks_per_row).to(tl.int64)
         offsets = (block // blocks_per_row).to(tl.int64)[:, None] * stride_m
         offsets += (column[:, None] * 8 + pairs[None, :]) * (2 * stride_k)
-    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND)  # [BB, 8]
+    words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND, LAST)  # [BB, 8]
     if F.hadamard:
-        lo, hi = hadamard(lo, hi, KIND)
+        words, lo, hi = hadamard_words(lo, hi, KIND, NATIVE)
     if F.scaling == "row":
         row = (block // blocks_per_row).to(tl.int64)
         amax = tl.load(amax_ptr + p * amax_stride_p + row * amax_stride_m, mask=mask, other=0.0)  # [BB]
@@ -60,7 +60,7 @@ def quantize_tile(
     elif amax is None:  # after the elements, whose loads take as long
         amax = tl.load(amax_ptr + p * amax_stride_p)
         encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
-    block_amax = block_abs_max(words, lo, hi, KIND, DENSE and not F.hadamard, NATIVE)
+    block_amax = block_abs_max(words, lo, hi, KIND, DENSE or F.hadamard, NATIVE)
     scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [BB]
     store_elements(
         out_ptr, first, within[:, None] * 8 + pairs[None, :], mask[:, None], lo, hi, scale, element, encode_scale,

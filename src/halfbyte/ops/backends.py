@@ -122,7 +122,7 @@ def _triton_many(
     otherwise: Callable[..., list[Quantized]], xs: Sequence[Tensor], fmt: NVFP4, **options: Any
 ) -> list[Quantized]:
     try:
-        from ..kernels import many  # type: ignore[attr-defined]
+        from ..kernels import many
     except ImportError:
         return otherwise(xs, fmt, **options)
     return many.quantize_many(xs, fmt, **options) if many.supports(xs, fmt) else otherwise(xs, fmt, **options)
