@@ -143,6 +143,21 @@ def test_activations_of_experts(tmp_path: Path, layout: Layout, fmt: Format, rng
     close(found, wanted, 1e-5)
 
 
+def test_activations_as_asked(tmp_path: Path, rng: torch.Generator) -> None:
+    """Row-scaled though the checkpoint says nothing of activations, or left alone though it does."""
+    x = torch.randn(3, models.HIDDEN, generator=rng).bfloat16()
+    by_row = halfbyte.load(make(models.moe(), tmp_path / "a"), activations="row")
+    linear = dict(by_row.named_modules())["model.layers.0.self_attn.q_proj"]
+    wanted = quantize(x, NVFP4(scaling="row")).dequantize(x.dtype)
+    same_bits(linear(x), nn.functional.linear(wanted, linear.weight))
+    for options in ({"activations": "constant"}, {"format": MXFP8()}):
+        alone = halfbyte.load(make(models.moe(), tmp_path / next(iter(options)), **options), activations="none")
+        linear = dict(alone.named_modules())["model.layers.0.self_attn.q_proj"]
+        same_bits(linear(x), nn.functional.linear(x, linear.weight))
+    with pytest.raises(CheckpointError, match="activations='rows': choose 'stored', 'none' or 'row'"):
+        halfbyte.load(tmp_path / "a", activations="rows")  # type: ignore[arg-type]
+
+
 def test_w4a16_leaves_activations_alone(tmp_path: Path, rng: torch.Generator) -> None:
     loaded = halfbyte.load(make(models.dense(), tmp_path))
     linear = dict(loaded.named_modules())["model.layers.0.mlp.down_proj"]

@@ -44,8 +44,6 @@ def calibrate(
 
     from .calib.calibrate import calibrate as run
     from .calib.calibrate import join_ranks, model_windows
-    from .calib.gptq import GPTQ
-    from .calib.observers import ObserverOptions
     from .calib.options import Calibration
     from .checkpoint.hub import resolve
     from .recipe import load_recipe
@@ -60,13 +58,8 @@ def calibrate(
         chosen = load_recipe(recipe, changes or ())
         if not chosen.needs_data:
             raise FormatError(f"--recipe {recipe}: needs no data; use `halfbyte convert --recipe {recipe}`")
-        algorithm, observer = chosen.algorithm, chosen.observer
-        gptq = None
-        if algorithm.method == "gptq":
-            gptq = GPTQ(algorithm.damping, algorithm.activation_order, algorithm.headroom)
-        calibration = Calibration(
-            gptq=gptq,
-            observer=ObserverOptions(observer.method, observer.percentile, observer.headroom),
+        calibration = Calibration.of(
+            chosen,
             every_expert=every_expert,
             layers_path=layers_path,
             dtype=getattr(torch, dtype),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,26 @@ from .checkpoint.plan import decoder_layers
 from .checkpoint.schema import SCALE_PARAMETERS, weight_names
 from .checkpoint.verify import Contents, open_quantized
 from .errors import CheckpointError, HalfbyteError, UnsupportedError
-from .formats import MXFP8
-from .functional import quantize
+from .formats import MXFP8, NVFP4
+from .functional import fake_quantize, quantize
 from .names import Name
 from .ops import FLOAT_DTYPES
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERTS_FUNCTION = "halfbyte_quantized_inputs"
 FakeQuantize = Callable[[Tensor], Tensor]
+Activations = Literal["stored", "none", "row"]
 _UNCHANGED: Mapping[tuple[int, str], FakeQuantize] = defaultdict(lambda: lambda x: x)
 _PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    activations: Activations = "stored",
+) -> nn.Module:
     """A transformers model that computes with the checkpoint's quantized weights.
 
     The weights are decoded once to dtype, so that any machine can run them, dense or MoE, in both layouts. Where an
@@ -41,6 +48,9 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
         path: a directory that `halfbyte convert` wrote, or one like it.
         dtype: what weights decode to, and what the model computes in.
         device: where the model goes.
+        activations: "stored": as the checkpoint says. "none": inputs stay as they are, to see what the weights alone
+            cost. "row": inputs of quantized layers are row-scaled, each token by itself, as engines do that compute
+            activation scales as they go; MXFP8 as ever.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
@@ -48,6 +58,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
     """
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype={dtype}: choose torch.bfloat16, torch.float16 or torch.float32")
+    if activations not in ("stored", "none", "row"):
+        raise CheckpointError(f"activations={activations!r}: choose 'stored', 'none' or 'row'")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -70,7 +82,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
-    _quantize_inputs(model, contents)
+    if activations != "none":
+        _quantize_inputs(model, contents, activations == "row")
     runnable: nn.Module = model.to(device).eval()
     return runnable
 
@@ -113,19 +126,19 @@ def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def _quantize_inputs(model: Any, contents: Contents) -> None:
+def _quantize_inputs(model: Any, contents: Contents, by_row: bool) -> None:
     """Make every quantized Linear see its input as an engine with 4-bit or 8-bit activations does."""
     modules = dict(model.named_modules())
     experts: defaultdict[str, dict[tuple[int, str], FakeQuantize]] = defaultdict(dict)
     for name in contents.quantized:
         dynamic = isinstance(contents.formats[name.module], MXFP8)
-        if name.tower == "mtp" or not (dynamic or contents.quantization.activations):
+        if name.tower == "mtp" or not (dynamic or by_row or contents.quantization.activations):
             continue
-        fake_quantize = _input_quantizer(contents, name.module)
+        quantizer = _input_quantizer(contents, name.module, by_row)
         if isinstance(modules.get(name.module), nn.Linear):
-            modules[name.module].register_forward_pre_hook(partial(_quantize_linear_input, fake_quantize))
+            modules[name.module].register_forward_pre_hook(partial(_quantize_linear_input, quantizer))
         elif name.expert is not None and (module := _experts_of(name, modules)) is not None:
-            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = fake_quantize
+            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = quantizer
         else:
             raise UnsupportedError(
                 f"{name.module}: not a Linear of {type(model).__name__}, so its quantized activations cannot be "
@@ -146,19 +159,21 @@ def _experts_of(name: Name, modules: Mapping[str, nn.Module]) -> str | None:
     return next((p for p in (path, path.replace(".block_sparse_moe.", ".mlp.")) if p in modules and p), None)
 
 
-def _input_quantizer(contents: Contents, module: str) -> FakeQuantize:
-    """x → the decoded values of its quantization: under a static scale for NVFP4, dynamically for MXFP8."""
+def _input_quantizer(contents: Contents, module: str, by_row: bool) -> FakeQuantize:
+    """x → the decoded values of its quantization: for NVFP4 by row or under a static scale, dynamically for MXFP8."""
     fmt = contents.formats[module]
     if isinstance(fmt, MXFP8):
         return lambda x: quantize(x, fmt).dequantize(x.dtype)
+    if by_row:
+        return lambda x: fake_quantize(x, NVFP4(scaling="row"))
     parameters = weight_names(contents.quantization.layout, fmt)
     scale = contents.checkpoint.read(f"{module}.{parameters.input_scale}").reshape(()).clone()
     amax = (1.0 / scale if parameters.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
     return lambda x: quantize(x, fmt, amax=amax.to(x.device)).dequantize(x.dtype)
 
 
-def _quantize_linear_input(fake_quantize: FakeQuantize, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (fake_quantize(args[0]), *args[1:])
+def _quantize_linear_input(quantizer: FakeQuantize, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (quantizer(args[0]), *args[1:])
 
 
 def _quantized_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

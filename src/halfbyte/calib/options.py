@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .gptq import GPTQ
 from .observers import ObserverOptions
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class Calibration:
     layers_path: str | None = None
     dtype: torch.dtype = torch.float32
     spill: int = 16_000_000_000
+
+    @classmethod
+    def of(cls, recipe: Recipe, **rest: Any) -> Calibration:
+        """What a recipe asks for; rest: the other attributes."""
+        algorithm, observer = recipe.algorithm, recipe.observer
+        gptq = None
+        if algorithm.method == "gptq":
+            gptq = GPTQ(algorithm.damping, algorithm.activation_order, algorithm.headroom)
+        return cls(gptq, ObserverOptions(observer.method, observer.percentile, observer.headroom), **rest)
 
     def to_json(self) -> dict[str, Any]:
         """What the result depends on, as plain values."""
