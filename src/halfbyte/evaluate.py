@@ -1,8 +1,9 @@
-"""Perplexity, the setting of every figure in this project; also `python -m halfbyte.evaluate MODEL TEXT [WINDOWS]`.
+"""Perplexity, the setting of every figure here: `python -m halfbyte.evaluate MODEL TEXT [WINDOWS [ACTIVATIONS]]`.
 
 Float32; the text tokenized once without special tokens, cut into non-overlapping windows of 511 tokens, each preceded
 by the tokenizer's BOS if it has one; the mean negative log-likelihood of those 511 tokens, over the first WINDOWS
-(default 16) windows.
+(default 16) windows. ACTIVATIONS of a quantized model: "stored" (default), "none" or "row", as `halfbyte.load` takes
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from .checkpoint.config import is_quantized
 from .checkpoint.shards import read_json
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .runtime import Activations
 
 WINDOW = 511
 
@@ -45,12 +49,12 @@ def perplexity(model: Any, batches: Sequence[Tensor]) -> float:
     return math.exp(total / count)
 
 
-def load_float32(path: Path) -> Any:
+def load_float32(path: Path, activations: Activations = "stored") -> Any:
     """Any model directory as a float32 model: quantized ones through `halfbyte.load`, others through transformers."""
     if is_quantized(read_json(path / "config.json")):
         from .runtime import load
 
-        return load(path, dtype=torch.float32)
+        return load(path, dtype=torch.float32, activations=activations)
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     path, text = Path(arguments[0]), Path(arguments[1]).read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(path)
     batches = windows(tokenizer, text, int(arguments[2]) if len(arguments) > 2 else 16)
-    print(f"{len(batches)} windows, perplexity {perplexity(load_float32(path), batches):.4f}")
+    activations = cast("Activations", arguments[3]) if len(arguments) > 3 else "stored"
+    print(f"{len(batches)} windows, perplexity {perplexity(load_float32(path, activations), batches):.4f}")
 
 
 if __name__ == "__main__":
