@@ -66,12 +66,17 @@ def test_fullgraph(rng, name: str) -> None:
 
 
 F, S = custom.spell(NV), custom.spell(STOCHASTIC)
+SEARCH = custom.spell(hb.NVFP4(scale_rule="search"))
 X = torch.linspace(-3, 3, 2 * 32 * 64).reshape(2, 32, 64)
 Q = nvfp4.quantize(X, NV)
 OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "quantize_nvfp4": (custom.quantize_nvfp4, (X, None, F, False, None, 0)),
-    "quantize_nvfp4 per matrix": (custom.quantize_nvfp4, (X, amax(X), S, True, [1, -1], 5)),
-    "quantize_nvfp4 transposed": (custom.quantize_nvfp4, (X.mT, None, F, False, None, 0)),
+    "quantize_nvfp4": (custom.quantize_nvfp4, (X, None, F, False, None, 0, None, None)),
+    "quantize_nvfp4 importance": (
+        custom.quantize_nvfp4,
+        (X, None, SEARCH, False, None, 0, torch.rand(X.shape[-1]), None),
+    ),
+    "quantize_nvfp4 per matrix": (custom.quantize_nvfp4, (X, amax(X), S, True, [1, -1], 5, None, None)),
+    "quantize_nvfp4 transposed": (custom.quantize_nvfp4, (X.mT, None, F, False, None, 0, None, None)),
     "quantize_mxfp8": (custom.quantize_mxfp8, (X,)),
     "quantize_mxfp8 transposed": (custom.quantize_mxfp8, (X.mT,)),
     "dequantize_nvfp4": (custom.dequantize_nvfp4, (*Q[:3], torch.float16)),
@@ -111,7 +116,7 @@ def test_opcheck(name: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_opcheck_of_nothing(impl: str) -> None:
-    torch.library.opcheck(custom.quantize_nvfp4, (torch.empty(0, 32), None, F, False, None, 0, impl))
+    torch.library.opcheck(custom.quantize_nvfp4, (torch.empty(0, 32), None, F, False, None, 0, None, None, impl))
     torch.library.opcheck(custom.fake_quantize, (torch.empty(0, 32), None, F, False, False, None, 0, impl))
     torch.library.opcheck(custom.quantize_transpose, (torch.empty(0, 32), None, None, F, F, None, None, impl))
     torch.library.opcheck(custom.quantize_many, ([torch.empty(0, 32)], None, F, False, impl))

@@ -28,7 +28,7 @@ ALLOWED = {
     "policy": BASE | {"names"},
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
     "recipe": BASE | {"policy", "names", "checkpoint"},
-    "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
+    "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint", "recipe"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

@@ -84,6 +84,10 @@ def _measured(options: Options) -> frozenset[str]:
     return inputs | (_KV_SCALES if options.kv_cache == "fp8_calibrated" else frozenset())
 
 
+def _without_measured_inputs(options: Options) -> Options:
+    return replace(options, activations="none") if options.activations == "calibrated" else options
+
+
 def _formats(contents: Contents, options: Options) -> dict[str, Format]:
     """Module → the format that the options give it, as far as the checkpoint's own is of that kind."""
     formats = {}
@@ -114,9 +118,10 @@ def _bytes(
 ) -> Iterator[Finding]:
     found = contents.checkpoint
     unseen = set(found.tensors)
+    recomputable = _without_measured_inputs(options)
     for group in plan.groups:
         try:
-            for item, tensors, _ in convert_group(source, group, options, device):
+            for item, tensors, _ in convert_group(source, group, recomputable, device):
                 for tensor, data in tensors.items():
                     unseen.discard(tensor)
                     yield from _compare(found, tensor, data, item.format)
@@ -175,7 +180,7 @@ def _closest_format(
     def differing(fmt: NVFP4, group: tuple[Planned, ...]) -> int:
         total = 0
         members = tuple(replace(item, format=fmt) for item in group)
-        for _, tensors, _ in convert_group(source, members, options, device):
+        for _, tensors, _ in convert_group(source, members, _without_measured_inputs(options), device):
             for tensor, data in tensors.items():
                 actual = contents.checkpoint.read(tensor) if tensor in contents.checkpoint.tensors else None
                 same_kind = actual is not None and (actual.dtype, actual.shape) == (data.dtype, data.shape)
