@@ -1,24 +1,25 @@
-"""The table of recipes."""
+"""The list of recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from ..recipe import Recipe
 from .console import formats_name
 
 
 def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:
-    """One row for each."""
-    table = Table("recipe", "weights", "activations", "KV cache", "needs data", "what it is")
+    """Two paragraphs for each: its name, which is what a user types, and what it does."""
     for name, recipe in recipes.items():
-        what = recipe.policy.only if recipe.policy.only != "all" else ""
-        weights = " ".join(filter(None, (what, formats_name(recipe.options()))))
-        needs = "yes" if recipe.needs_data else ""
-        activations, kv_cache = (value if value != "none" else "" for value in (recipe.activations, recipe.kv_cache))
-        table.add_row(name, weights, activations, kv_cache, needs, recipe.description)
-    console.print(table)
-    console.print("halfbyte convert MODEL OUT_DIR --recipe NAME [--set a.b=c]; with data: halfbyte calibrate")
+        command = "calibrate: needs data" if recipe.needs_data else "convert"
+        console.print(Text.assemble((name, "bold"), (f"  {command}", "dim")))
+        only = f"{recipe.policy.only} only" if recipe.policy.only != "all" else ""
+        activations = f"activations {recipe.activations}" if recipe.activations != "none" else ""
+        kv_cache = f"KV cache {recipe.kv_cache}" if recipe.kv_cache != "none" else ""
+        facts = "; ".join(filter(None, (formats_name(recipe.options()), only, activations, kv_cache)))
+        console.print(Padding(Text(f"{recipe.description.strip()}\n{facts}"), (0, 0, 0, 4)))
+    console.print("Next: halfbyte convert|calibrate MODEL OUT_DIR --recipe NAME [--set a.b=c].")
