@@ -121,10 +121,8 @@ def _triton_transpose(
 def _triton_many(
     otherwise: Callable[..., list[Quantized]], xs: Sequence[Tensor], fmt: NVFP4, **options: Any
 ) -> list[Quantized]:
-    try:
-        from ..kernels import many
-    except ImportError:
-        return otherwise(xs, fmt, **options)
+    from ..kernels import many
+
     return many.quantize_many(xs, fmt, **options) if many.supports(xs, fmt) else otherwise(xs, fmt, **options)
 
 
