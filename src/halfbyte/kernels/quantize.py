@@ -208,11 +208,11 @@ def dispatch(
     hessian: Tensor | None = None,
 ) -> None:
     """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
+    seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     if importance is not None or hessian is not None:
         known = compute_amax(m, fmt) if amax is None else amax
-        return search.launch(m, fmt, known, out, importance, hessian, mode)
-    seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
-    if amax is not None:
+        search.launch(m, fmt, known, out, importance, hessian, mode)
+    elif amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
         row.quantize_into(m, fmt, *out, mode)
@@ -222,12 +222,11 @@ def dispatch(
         and fmt.scaling == "tensor"
         and fmt.block == (1, 16)
         and mode == "packed"
-        and (fmt.scale_rule == "amax")
+        and fmt.scale_rule == "amax"
     ):
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
-    return None
 
 
 def launch(
