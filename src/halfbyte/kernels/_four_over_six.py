@@ -41,6 +41,7 @@ from ._primitives import (
     sixth,
     split8,
 )
+from ._search import sum_of_rows
 
 LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # 2^-126
 ITS_INVERSE = tl.constexpr(8.507059173023462e37)
@@ -142,13 +143,7 @@ def block_error(lo, hi, valid, scale, element, encode_scale, amax, F: tl.constex
     total = (((((total + t10) + t11) + t12) + t13) + t14) + t15  # [...] or [N, 16]
     if F.block[0] == 16:
         total = tl.where(valid, total, 0.0)
-        N: tl.constexpr = total.shape[0]
-        # A sum of two has one order: the tree is exact whatever the layout.
-        total = tl.sum(total.reshape(N, 2, 8), 1)
-        total = tl.sum(total.reshape(N, 2, 4), 1)
-        total = tl.sum(total.reshape(N, 2, 2), 1)
-        total = tl.sum(total, 1).expand_dims(1)  # [N, 1]
-    return total
+    return sum_of_rows(total, F)
 
 
 @jit
