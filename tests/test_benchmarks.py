@@ -37,3 +37,9 @@ def test_unknown_cases() -> None:
     done = run("--only", "nothing")
     equal(done.returncode, 1)
     true("--only nothing: choose from plain, " in done.stderr, done.stderr)
+
+
+def test_tables_in_documents_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    equal(done.returncode, 0, done.stderr)
