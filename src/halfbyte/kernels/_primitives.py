@@ -26,6 +26,11 @@ def jit(fn: Callable[..., Any]) -> Any:
     return triton.jit(fn)
 
 
+def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` with parameters by whose values nothing is specialised: they change from call to call."""
+    return lambda fn: triton.jit(fn, do_not_specialize=names)
+
+
 FLT_MAX = tl.constexpr(_FLT_MAX)
 SIXTH = tl.constexpr(0.1666666716337204)  # 1/6 in float32
 M = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, which is then in the low bits
