@@ -13,7 +13,7 @@ from .errors import FormatError, ShapeError
 from .formats import MXFP8, NVFP4, Format
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class QuantizedTensor:
     """A tensor of shape (…, K) in NVFP4 or MXFP8.
 
@@ -36,6 +36,20 @@ class QuantizedTensor:
     amax: Tensor | None
     format: Format
     swizzled: bool = False
+
+    def __init__(  # what dataclass writes for a frozen class takes twice the time, and lists make hundreds
+        self,
+        packed: Tensor,
+        block_scale: Tensor,
+        tensor_scale: Tensor | None,
+        amax: Tensor | None,
+        format: Format,
+        swizzled: bool = False,
+    ) -> None:
+        self.__dict__.update(
+            packed=packed, block_scale=block_scale, tensor_scale=tensor_scale, amax=amax, format=format,
+            swizzled=swizzled,
+        )  # fmt: skip
 
     @property
     def shape(self) -> torch.Size:

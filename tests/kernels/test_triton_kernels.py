@@ -115,9 +115,11 @@ def kinds_for(fmt: NVFP4) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_quantize_equals_the_contract(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+def test_quantize_equals_the_contract(fmt: NVFP4, make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (19, 32) if INTERPRETING else (83, 1040)
     for i, kind in enumerate(kinds_for(fmt)):
+        # Whether one program takes it all: what the interpreter can hold is small.
+        monkeypatch.setattr(quantize, "SMALL", i // 2 % 2 * shape[0] * shape[1])
         if INTERPRETING and fmt != NVFP4() and (i + FORMATS.index(fmt)) % 2:
             continue  # half of the inputs for each format: the interpreter is slow
         for dtype in (DTYPES[i % 3],) if INTERPRETING else DTYPES:
@@ -153,17 +155,18 @@ def test_any_strides_without_a_copy(fmt: NVFP4, make: Callable[..., Tensor]) -> 
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_stacked_matrices(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
+def test_stacked_matrices(fmt: NVFP4, make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x = make("wide", torch.bfloat16, (3, 20, 32) if INTERPRETING else (5, 83, 96))
     if fmt.scaling == "row":
         given = x.abs().amax(-1).float() * 0.7
     else:
         given = torch.linspace(0.5, 5, x.shape[0])
-    for amax in (None, given):
+    for amax, small in ((None, 0), (given, 0), *([] if INTERPRETING else [(None, quantize.SMALL)])):
+        monkeypatch.setattr(quantize, "SMALL", small)
         wanted = nvfp4.quantize(x, fmt, amax=amax, per_matrix=True, rng=random_words(fmt))
         on_device = None if amax is None else amax.to(DEVICE)
         got = quantize.quantize(x.to(DEVICE), fmt, amax=on_device, per_matrix=True, rng=random_words(fmt))
-        check(got, wanted, f"amax={amax is not None}")
+        check(got, wanted, f"amax={amax is not None}, {small}")
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 4, 16), (2, 0, 16)], ids=str)
@@ -193,6 +196,42 @@ def test_transposed_with_rowwise(fmt: NVFP4, make: Callable[..., Tensor]) -> Non
             alone, nothing = transposed.quantize(on_device, fmt, rng=random_words(fmt))
             true(nothing is None, "no row-wise result was asked for")
             check(alone, nvfp4.quantize(x.mT, fmt, rng=random_words(fmt)), f"alone {kind} {dtype}")
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [NVFP4(), NVFP4(hadamard=True), NVFP4(scale_rule="four_over_six"), NVFP4(rounding="stochastic")],
+    ids=str,
+)
+def test_transposed_views(fmt: NVFP4, make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantize` reads the transpose of contiguous matrices as it lies, and of others by element, to the same bytes."""
+    taken: list[tuple[int, ...]] = []
+    into = transposed.quantize_into
+
+    def noted(m: Any, *args: Any) -> None:
+        taken.append((m.matrices, m.rows, m.columns))
+        into(m, *args)
+
+    monkeypatch.setattr(transposed, "quantize_into", noted)
+    x = make("wide", DTYPES[len(fmt.scale_rule) % 3], (3, 32, 48) if INTERPRETING else (3, 112, 1040))
+    given = torch.tensor([1.5, 40.0, 0.3])
+    words = {"rng": random_words(fmt), "first_block": 3 if fmt.rounding == "stochastic" else 0}
+    for view, per_matrix, amax in (
+        (x[1].mT, False, None),
+        (x[:1].mT, False, given[0]),
+        (x.mT, True, None),
+        (x.mT, True, given),
+        (x.mT, True, given[1]),
+    ):
+        wanted = nvfp4.quantize(view, fmt, per_matrix=per_matrix, amax=amax, **words)
+        on_device = None if amax is None else amax.to(DEVICE)
+        moved = view.mT.to(DEVICE).mT
+        got = quantize.quantize(moved, fmt, per_matrix=per_matrix, amax=on_device, **words)
+        check(got, wanted, f"{tuple(view.shape)} {amax}")
+        equal(taken.pop(), (view.shape[0] if view.dim() == 3 else 1, *view.shape[-2:]), "through the tiles")
+    ragged = x[0, :, :40].contiguous().mT  # 40 rows: not in blocks of 16 below each other
+    check(quantize.quantize(ragged.mT.to(DEVICE).mT, fmt, **words), nvfp4.quantize(ragged, fmt, **words), "ragged")
+    equal(taken, [], "by element")
 
 
 def test_transposed_stack(make: Callable[..., Tensor]) -> None:
@@ -396,3 +435,31 @@ def test_graph_capture_and_beyond_2_31_elements() -> None:
     got = quantize.quantize(big, NVFP4())
     same_bits(got[0][-16:].cpu(), tail.packed)
     same_bits(got[1][-16:].cpu(), tail.block_scale)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="what is launched again is CUDA only")
+def test_launched_again_with_other_addresses_numbers_and_words() -> None:
+    g = torch.Generator().manual_seed(3)
+    flat = torch.randn(40 * 96 + 64, generator=g).bfloat16()
+    for rounding in ("nearest", "stochastic"):
+        fmt = NVFP4(rounding=rounding)
+        amaxes = torch.tensor([1.0, 2.5, 3.0, 4.0, 2.0])
+        for _ in range(2):
+            for rows, columns, shift in ((40, 96, 0), (40, 96, 2), (40, 96, 8), (40, 96, 1), (16, 16, 0), (1, 3840, 4)):
+                x = flat[shift : shift + rows * columns].view(rows, columns)
+                moved = flat.to(DEVICE)[shift : shift + rows * columns].view(rows, columns)
+                for i, amax in enumerate((None, *amaxes)):
+                    words = (2**63 + i, shift) if rounding == "stochastic" else None
+                    on_device = None if amax is None else amaxes.to(DEVICE)[i - 1]  # four bytes aligned
+                    got = quantize.quantize(moved, fmt, amax=on_device, rng=words, first_block=i if words else 0)
+                    wanted = nvfp4.quantize(x, fmt, amax=amax, rng=words, first_block=i if words else 0)
+                    check(got, wanted, f"{rounding} {rows}×{columns} + {shift}, {amax}")
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(INTERPRETING or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    x = torch.randn(96, 1040, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for _ in range(2):
+        for device in ("cuda:1", "cuda:0"):
+            check(quantize.quantize(x.to(device), NVFP4()), nvfp4.quantize(x, NVFP4()), device)

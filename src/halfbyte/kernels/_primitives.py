@@ -4,7 +4,7 @@ Layout. A block of 16 elements is 8 *pairs*: `lo` holds the even columns, `hi` t
 A pair of 16-bit elements is one 32-bit word of memory, and becomes one packed byte, so a thread that loads a block
 (32 bytes) reduces it in registers and stores its 8 bytes; nothing crosses threads.
 
-`NATIVE` is `_target.native_level`: 0 is portable arithmetic, 1 and 2 are inline PTX with the same bits.
+`NATIVE` is `_target.native_level`: 0 is portable arithmetic, 1 to 3 are inline PTX with the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,12 +18,17 @@ import triton
 import triton.language as tl
 
 from ..formats import FLT_MAX as _FLT_MAX
-from ._ptx import e2m1_ptx
+from ._ptx import e2m1_conversion_ptx, e2m1_ptx
 
 
 def jit(fn: Callable[..., Any]) -> Any:
     """`triton.jit`, typed: triton ships no annotations."""
     return triton.jit(fn)
+
+
+def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` with parameters by whose values nothing is specialised: they change from call to call."""
+    return lambda fn: triton.jit(fn, do_not_specialize=names)
 
 
 FLT_MAX = tl.constexpr(_FLT_MAX)
@@ -315,7 +320,12 @@ def e2m1_pair(lo, hi, scale, SAFE: tl.constexpr, NATIVE: tl.constexpr):
     SAFE: no product of a non-zero element underflows to zero when halved, which saves an instruction per element.
     """
     lo, scale = tl.broadcast(lo, scale)
-    if NATIVE and SAFE:
+    if NATIVE >= 3:
+        packed = tl.inline_asm_elementwise(
+            E2M1_CONVERSION_SAFE_PTX if SAFE else E2M1_CONVERSION_PTX, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [lo, hi, scale],
+            dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif NATIVE and SAFE:
         packed = tl.inline_asm_elementwise(
             E2M1_SAFE_PTX, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [lo, hi, 0.5 * scale], dtype=tl.uint8, is_pure=True, pack=4
         )
@@ -380,6 +390,8 @@ def e2m1_stochastic_pair(lo, hi, scale, u_lo, u_hi):
 
 E2M1_PTX = tl.constexpr(e2m1_ptx(safe=False))
 E2M1_SAFE_PTX = tl.constexpr(e2m1_ptx(safe=True))
+E2M1_CONVERSION_PTX = tl.constexpr(e2m1_conversion_ptx(safe=False))
+E2M1_CONVERSION_SAFE_PTX = tl.constexpr(e2m1_conversion_ptx(safe=True))
 
 
 @jit

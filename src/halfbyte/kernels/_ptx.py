@@ -53,3 +53,28 @@ def e2m1_ptx(safe: bool) -> str:
         "}",
     ]
     return "\n".join(lines)
+
+
+def e2m1_conversion_ptx(safe: bool) -> str:
+    """E2M1 codes of 8 elements by the conversion instruction of sm_100 and sm_120; operands as in `e2m1_ptx`.
+
+    The instruction keeps the sign of -0 and makes NaN +6, where the contract wants 0 for both. Adding +0 turns -0 into
+    +0 and nothing else. A pair with a NaN becomes 0: a block with a NaN has NaN for its scale, so the other is one too.
+    When safe, no product of a non-zero element rounds to -0, and one `fma` does both.
+    """
+    lines = ["{", ".reg .f32 a, b;", ".reg .b8 c<4>;", ".reg .pred p<4>;", ".reg .b32 r;"]
+    for pair in range(4):
+        low, high, scale = f"${1 + pair}", f"${5 + pair}", f"${9 + pair}"
+        for register, element in (("a", low), ("b", high)):
+            if safe:
+                lines.append(f"fma.rn.f32 {register}, {element}, {scale}, 0f00000000;")
+            else:
+                lines.append(f"mul.rn.f32 {register}, {element}, {scale};")
+                lines.append(f"add.rn.f32 {register}, {register}, 0f00000000;")
+        lines.append(f"setp.nan.f32 p{pair}, a, b;")
+        lines.append(f"cvt.rn.satfinite.e2m1x2.f32 c{pair}, b, a;")  # the first operand is the high nibble
+    lines.append("mov.b32 r, {c0, c1, c2, c3};")
+    for pair in range(4):
+        lines.append(f"@p{pair} and.b32 r, r, 0x{0xFFFFFFFF ^ 0xFF << 8 * pair:08X};")
+    lines += ["mov.b32 $0, r;", "}"]
+    return "\n".join(lines)

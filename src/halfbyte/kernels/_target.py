@@ -36,8 +36,15 @@ def native_level(device: torch.device) -> int:
     """What inline PTX kernels may use; the portable twins give the same bytes.
 
     0: none (interpreter). 1: sm_80. 2: sm_89, which converts to and from E4M3, and takes maxima of magnitudes.
+    3: `has_fp4_conversion`.
     """
     if INTERPRETING:
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
-    return 2 if _capability(index) >= (8, 9) else 1
+    capability = _capability(index)
+    return 3 if has_fp4_conversion(capability) else 2 if capability >= (8, 9) else 1
+
+
+def has_fp4_conversion(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability has cvt.rn.satfinite.e2m1x2.f32: the families of sm_100 and sm_120."""
+    return capability[0] in (10, 12)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 class Matrices(NamedTuple):
     """An input seen as P matrices of M rows and K columns, by strides in elements."""
 
-    x: Tensor
+    x: Tensor  # what the strides belong to; its own shape may be another
     matrices: int  # P
     rows: int  # M
     columns: int  # K
@@ -32,15 +33,26 @@ class Matrices(NamedTuple):
 
 def as_matrices(x: Tensor, per_matrix: bool) -> Matrices:
     """View x (…, K) as [P, M, K]; copies only what no strides can describe."""
-    k = x.shape[-1]
-    count = math.prod(x.shape[:-2]) if per_matrix else 1
-    rows = x.shape[-2] if per_matrix else math.prod(x.shape[:-1])
-    view = x.reshape(count, rows, k)
+    count, rows, strides, contiguous = _geometry(x.shape, x.stride(), per_matrix)
+    if not strides:
+        x = x.contiguous()
+        count, rows, strides, contiguous = _geometry(x.shape, x.stride(), per_matrix)
     kind = KINDS[x.dtype]
-    word = 8 if kind == 2 else 4
-    dense = view.is_contiguous() and view.data_ptr() % word == 0
-    stride_p, stride_m, stride_k = view.stride()
-    return Matrices(view, count, rows, k, stride_p, stride_m, stride_k, dense, kind)
+    dense = contiguous and x.data_ptr() % (8 if kind == 2 else 4) == 0
+    stride_p, stride_m, stride_k = strides
+    return Matrices(x, count, rows, x.shape[-1], stride_p, stride_m, stride_k, dense, kind)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(shape: torch.Size, stride: tuple[int, ...], per_matrix: bool) -> tuple[int, int, tuple[int, ...], bool]:
+    """P, M, the strides of [P, M, K], () where there are none, and whether they are contiguous."""
+    count = math.prod(shape[:-2]) if per_matrix else 1
+    rows = shape[-2] if per_matrix else math.prod(shape[:-1])
+    try:
+        view = torch.empty_strided(shape, stride, device="meta").view(count, rows, shape[-1])
+    except RuntimeError:
+        return count, rows, (), False
+    return count, rows, view.stride(), view.is_contiguous()
 
 
 @jit

@@ -8,12 +8,12 @@ Fewest bytes: x once. The floor is bytes(x) / bandwidth.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target
+from ._launch import cdiv, launch, next_power_of_2
 from ._maxima import block_abs_max, running_abs_max, running_abs_max_bits
 from ._primitives import jit
 from ._rules import hadamard, hadamard_words
@@ -70,10 +70,11 @@ def block_amax_tiles(
 
 @jit
 def _tensor_amax(
-    x_ptr, bits_ptr, blocks, blocks_per_row, programs, stride_p, stride_m, stride_k,
+    x_ptr, amax_ptr, blocks, blocks_per_row, programs, stride_p, stride_m, stride_k,
     BB: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
+    bits_ptr = amax_ptr.to(tl.pointer_type(tl.int32))
     p = (tl.program_id(0) // programs).to(tl.int64)
     start = tl.program_id(0) % programs * (BB * STEPS)
     if DENSE and not HADAMARD:
@@ -114,22 +115,22 @@ def amax(m: Matrices, fmt: NVFP4) -> Tensor:
     if fmt.scaling == "row":
         result = torch.empty(m.matrices * m.rows, dtype=torch.float32, device=m.x.device)
         if result.numel() and m.columns:
-            nb = min(1024, triton.next_power_of_2(m.columns // 16))
-            _row_amax[(m.matrices * m.rows,)](
-                m.x, result, m.rows, m.columns, m.stride_p, m.stride_m, m.stride_k,
-                NB=nb, STEPS=triton.cdiv(m.columns // 16, nb), DENSE=m.dense, KIND=m.kind, HADAMARD=fmt.hadamard,
+            nb = min(1024, next_power_of_2(m.columns // 16))
+            launch(
+                _row_amax, m.matrices * m.rows, (m.x, result),
+                (m.rows, m.columns, m.stride_p, m.stride_m, m.stride_k),
+                NB=nb, STEPS=cdiv(m.columns // 16, nb), DENSE=m.dense, KIND=m.kind, HADAMARD=fmt.hadamard,
                 NATIVE=native,
-                num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             return result
         return result.zero_()
     result = torch.zeros(m.matrices, dtype=torch.float32, device=m.x.device)
     blocks = m.rows * m.columns // 16
     if m.matrices and blocks:
-        programs = triton.cdiv(blocks, BLOCKS * STEPS)
-        _tensor_amax[(programs * m.matrices,)](
-            m.x, result.view(torch.int32), blocks, m.columns // 16, programs, m.stride_p, m.stride_m, m.stride_k,
+        programs = cdiv(blocks, BLOCKS * STEPS)
+        launch(
+            _tensor_amax, programs * m.matrices, (m.x, result),
+            (blocks, m.columns // 16, programs, m.stride_p, m.stride_m, m.stride_k),
             BB=BLOCKS, STEPS=STEPS, DENSE=m.dense, KIND=m.kind, HADAMARD=fmt.hadamard, NATIVE=native,
-            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return result

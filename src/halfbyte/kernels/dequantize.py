@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _target
+from ._launch import cdiv, launch
 from ._primitives import e2m1_values, e4m3_value, jit, words_of
 from ._tiles import KINDS
 
@@ -59,9 +59,9 @@ def dequantize(
         return out
     scales = "none" if tensor_scale is None else "one" if tensor_scale.numel() == 1 else "many"
     given = out if tensor_scale is None else tensor_scale.contiguous()
-    _dequantize[(triton.cdiv(blocks, BLOCKS),)](
-        packed, block_scale.view(torch.uint8), given, out, blocks, max(blocks // given.numel(), 1),
+    launch(
+        _dequantize, cdiv(blocks, BLOCKS), (packed, block_scale, given, out),
+        (blocks, max(blocks // given.numel(), 1)),
         BB=BLOCKS, SCALES=scales, KIND=KINDS[dtype], NATIVE=_target.native_level(packed.device),
-        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..formats import NVFP4
 from . import _target, quantize
-from ._primitives import jit
+from ._launch import cdiv, launch
+from ._primitives import jit, jit_varying
 from ._tiles import KINDS
 from ._waiting import publish, wait
 from .stacked import AHEAD, AMAX_BLOCKS, AMAX_STEPS, amax_tile, tile_blocks
@@ -39,9 +40,9 @@ ENDLESS = 1 << 30
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@jit
+@jit_varying("begins", "ends")
 def _fill_table(
-    begins, ends, table_ptr, state_ptr, amax_bb, bb, ahead,
+    table_ptr, state_ptr, amax_bb, bb, ahead, begins, ends,
     N: tl.constexpr, BYTES: tl.constexpr, MAXIMA: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Rows of the table, [N] each: address, blocks, first block of the output, first program of the maximum's tiles and
@@ -87,7 +88,7 @@ def _entry(table_ptr, i, N: tl.constexpr, DTYPE: tl.constexpr):
 
 @jit
 def _quantize(
-    table_ptr, state_ptr, amax_ptr, amax_stride, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr,
+    table_ptr, state_ptr, amax_ptr, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr, amax_stride,
     N: tl.constexpr, SHARED: tl.constexpr, MAXIMA: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr,
     AMAX_BB: tl.constexpr, AMAX_STEPS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -137,11 +138,14 @@ def supports(xs: Sequence[Tensor], fmt: NVFP4) -> bool:
     1×16 blocks, tensor scaling, rounding to nearest."""
     if fmt.block != (1, 16) or fmt.scaling != "tensor" or fmt.rounding != "nearest":
         return False
-    if len({(x.dtype, x.device) for x in xs}) != 1 or xs[0].dtype not in KINDS:
+    if len(xs) == 0 or xs[0].dtype not in KINDS:
         return False
-    if any(x.dim() == 0 or not x.is_contiguous() for x in xs):
+    shapes = {(x.shape, x.dtype, x.device) for x in xs}
+    if any(shape[1:] != (xs[0].dtype, xs[0].device) for shape in shapes):
         return False
-    return not any(x.numel() == 0 or x.shape[-1] % 16 or x.data_ptr() % 16 for x in xs)
+    if any(len(shape) == 0 or 0 in shape or shape[-1] % 16 for shape, _, _ in shapes):
+        return False
+    return not any(x.data_ptr() % 16 or not x.is_contiguous() for x in xs)
 
 
 def quantize_many(
@@ -158,7 +162,7 @@ def quantize_many(
     if not supports(xs, fmt):
         raise UnsupportedError(f"{len(xs)} tensors, {fmt}: quantize them one by one instead")
     blocks = [x.numel() // 16 for x in xs]
-    places = [-(-b // ALIGNED.value) * ALIGNED.value for b in blocks]
+    places = [cdiv(b, ALIGNED.value) * ALIGNED.value for b in blocks]
     device = xs[0].device
     packed = torch.empty(sum(places) * 8, dtype=torch.uint8, device=device)
     scale = torch.empty(sum(places), dtype=torch.float8_e4m3fn, device=device)
@@ -173,8 +177,9 @@ def quantize_many(
         out = packed[first * 8 :], scale[first:], tensor_scale[c], amax_out[c]
         _launch(xs[c], blocks[c], fmt, given, shared_amax, out)
         first += sum(places[c])
-    parts = zip(_views(packed, xs, places, 2), _views(scale, xs, places, 16), strict=True)
-    return [(p, s, t, a) for (p, s), t, a in zip(parts, tensor_scale.unbind(), amax_out.unbind(), strict=True)]
+    runs = [(shape, len(list(run))) for shape, run in itertools.groupby([x.shape for x in xs])]
+    parts = _views(packed, runs, 2), _views(scale, runs, 16), tensor_scale.unbind(), amax_out.unbind()
+    return list(zip(*parts, strict=True))
 
 
 def _launch(
@@ -191,21 +196,22 @@ def _launch(
     state = torch.empty(2 * n, dtype=torch.int32, device=x.device)
     maxima = state[:n].view(torch.float32)
     bb, amax_bb = tile_blocks(fmt), AMAX_BLOCKS * AMAX_STEPS
-    _fill_table[(1,)](
-        tuple(begins + unused), tuple(ends + unused), table, state, amax_bb, bb,
-        ENDLESS if shared else triton.cdiv(AHEAD, amax_bb * 16 * itemsize),
+    ahead = ENDLESS if shared else cdiv(AHEAD, amax_bb * 16 * itemsize)
+    launch(
+        _fill_table, 1, (table, state), (amax_bb, bb, ahead), (tuple(begins + unused), tuple(ends + unused)),
         N=n, BYTES=16 * itemsize, MAXIMA=amax is None, VALUES=out is not None,
-        num_warps=4,
     )  # fmt: skip
-    programs = sum(-(-b // amax_bb) for b in blocks) if amax is None else 0
-    programs += sum(-(-b // bb) for b in blocks) if out is not None else 0
+    counts = Counter(blocks)
+    programs = sum(times * cdiv(b, amax_bb) for b, times in counts.items()) if amax is None else 0
+    programs += sum(times * cdiv(b, bb) for b, times in counts.items()) if out is not None else 0
     packed, scale, tensor_scale, amax_out = out if out is not None else (state, table, maxima, maxima)
-    _quantize[(programs,)](
-        table, state, maxima if amax is None else amax, int(amax is not None and amax.numel() > 1),
-        packed, scale.view(torch.uint8), tensor_scale, amax_out,
-        N=n, SHARED=shared, MAXIMA=amax is None, BB=bb, EVEN=all(b % bb == 0 for b in blocks),
+    launch(
+        _quantize, programs,
+        (table, state, maxima if amax is None else amax, packed, scale, tensor_scale, amax_out),
+        (int(amax is not None and amax.numel() > 1),),
+        N=n, SHARED=shared, MAXIMA=amax is None, BB=bb, EVEN=all(b % bb == 0 for b in counts),
         AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS, DTYPE=_DTYPES[x.dtype], KIND=KINDS[x.dtype], F=fmt,
-        NATIVE=_target.native_level(x.device), num_warps=4, enable_fp_fusion=False,
+        NATIVE=_target.native_level(x.device),
     )  # fmt: skip
     return maxima
 
@@ -213,14 +219,14 @@ def _launch(
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def _views(flat: Tensor, xs: Sequence[Tensor], places: list[int], columns: int) -> Iterator[Tensor]:
+def _views(flat: Tensor, runs: list[tuple[torch.Size, int]], columns: int) -> list[Tensor]:
     """Each x's part of an output with a value for each `columns` elements; one operation for each run of equals."""
-    per_place = 16 // columns
+    views: list[Tensor] = []
     at = 0
-    for shape, run in itertools.groupby([x.shape for x in xs]):
-        count, place = len(list(run)), places[0]
-        places = places[count:]
+    for shape, count in runs:
+        place = cdiv(shape.numel() // 16, ALIGNED.value) * ALIGNED.value * (16 // columns)
         size = (*shape[:-1], shape[-1] // columns)
         strides = [math.prod(size[d + 1 :]) for d in range(len(size))]
-        yield from flat.as_strided((count, *size), (place * per_place, *strides), at).unbind()
-        at += count * place * per_place
+        views += flat.as_strided((count, *size), (place, *strides), at).unbind()
+        at += count * place
+    return views

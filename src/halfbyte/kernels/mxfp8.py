@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _target
+from ._launch import cdiv, launch
 from ._maxima import block_abs_max
 from ._primitives import e4m3_pair, e4m3_pair_values, e8m0_code, jit, power_of_two, words_of
 from ._tiles import KINDS, as_matrices, load_blocks
@@ -84,10 +84,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // 32), dtype=torch.uint8, device=x.device)
     blocks = x.numel() // 32
     if blocks:
-        _quantize[(triton.cdiv(blocks, BLOCKS),)](
-            m.x, elements.view(torch.uint8), scale, blocks, m.columns // 32, m.stride_m, m.stride_k,
+        launch(
+            _quantize, cdiv(blocks, BLOCKS), (m.x, elements, scale),
+            (blocks, m.columns // 32, m.stride_m, m.stride_k),
             BB=BLOCKS, DENSE=m.dense, KIND=m.kind, NATIVE=_target.native_level(x.device),
-            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return elements, scale
 
@@ -98,9 +98,8 @@ def dequantize(elements: Tensor, block_scale: Tensor, dtype: torch.dtype = torch
     out = torch.empty(elements.shape, dtype=dtype, device=elements.device)
     blocks = math.prod(elements.shape) // 32
     if blocks:
-        _dequantize[(triton.cdiv(blocks, BLOCKS),)](
-            elements.view(torch.uint8), block_scale, out, blocks,
+        launch(
+            _dequantize, cdiv(blocks, BLOCKS), (elements, block_scale, out), (blocks,),
             BB=BLOCKS, KIND=KINDS[dtype], NATIVE=_target.native_level(out.device),
-            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -12,20 +12,22 @@ first (`row` scaling needs no second read: see `row.py`). The floor is those byt
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
-from . import _target, row, search, stacked
+from . import _target, row, search, stacked, transposed
+from ._launch import cdiv
+from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max
-from ._primitives import e4m3_code, jit, tensor_scales
+from ._primitives import e4m3_code, jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax
 
 BLOCKS, WARPS = 128, 2  # 1×16 blocks of a program, two a thread; the best of eight tilings tried on an H200
 ROW_LIMIT = 32768  # columns of a row that one program can hold
+SMALL = 32768  # elements of a matrix that one program finishes sooner than three launches start
 
 
 @jit
@@ -78,7 +80,7 @@ def quantize_tile(
         tl.store(amax_out_ptr + p, amax)
 
 
-@jit
+@jit_varying("seed", "offset", "first_block")
 def _quantize_1x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
@@ -110,7 +112,7 @@ def _quantize_1x16(
         )  # fmt: skip
 
 
-@jit
+@jit_varying("seed", "offset", "first_block")
 def _quantize_16x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
@@ -176,8 +178,10 @@ def quantize(
 
     importance and hessian: of the rule `search`, see `search.py`.
 
-    Launches: one with amax given or row scaling, else a fill, the maximum, and the quantization; a fill and one for
-    many contiguous matrices by the amax rule. Nothing synchronises.
+    A transposed view of contiguous matrices is read as it lies (see `transposed.py`), any other strides by element.
+
+    Launches: one with amax given, row scaling, or small matrices; else a fill, the maximum, and the quantization; a
+    fill and one for many contiguous matrices by the amax rule. Nothing synchronises.
     """
     shape = x.shape
     m = as_matrices(x, per_matrix)
@@ -209,21 +213,19 @@ def dispatch(
 ) -> None:
     """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
+    plain = fmt.scaling == "tensor" and fmt.block == (1, 16) and m.dense
     if importance is not None or hessian is not None:
         known = compute_amax(m, fmt) if amax is None else amax
         search.launch(m, fmt, known, out, importance, hessian, mode)
+    elif mode == "packed" and transposed.supports_view(m, fmt):
+        transposed.quantize_into(m, fmt, amax, out, seed, offset, first_block)
     elif amax is not None:
         launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
         row.quantize_into(m, fmt, *out, mode)
-    elif (
-        m.matrices > 1
-        and m.dense
-        and fmt.scaling == "tensor"
-        and fmt.block == (1, 16)
-        and mode == "packed"
-        and fmt.scale_rule == "amax"
-    ):
+    elif plain and m.rows * m.columns <= SMALL and fmt.rounding == "nearest" and fmt.scale_rule != "search":
+        row.quantize_into(m._replace(rows=1, columns=m.rows * m.columns), fmt, *out, mode)  # a matrix as one long row
+    elif plain and m.matrices > 1 and mode == "packed" and fmt.scale_rule == "amax":
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
@@ -254,33 +256,33 @@ def launch(
         alone = fmt.scale_rule == "four_over_six" and fmt.scaling == "tensor" and fmt.error_arithmetic == "exact"
         bb, warps = (32, 1) if alone or fmt.scale_rule == "search" else (BLOCKS, WARPS)
         steps = 8 if alone and blocks * m.matrices >= 1 << 20 else 1
-        tiles = triton.cdiv(blocks, bb * steps)
-        per_row = fmt.scaling == "row"
-        _quantize_1x16[(tiles * m.matrices,)](
-            m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, blocks, blocks_per_row, tiles,
-            0 if shared else m.rows if per_row else 1, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k,
-            seed, offset, first_block,
+        tiles = cdiv(blocks, bb * steps)
+        stride_p = 0 if shared else m.rows if fmt.scaling == "row" else 1
+        launch_kernel(
+            _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out),
+            (blocks, blocks_per_row, tiles, stride_p, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
+            (seed, offset, first_block),
             BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
-            KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
-            num_warps=warps, maxnreg=64 if alone else None, enable_fp_fusion=False,
+            KIND=m.kind, OUT=mode, F=fmt, NATIVE=native, num_warps=warps, maxnreg=64 if alone else None,
         )  # fmt: skip
         return
     # A thread takes 16 1×16 blocks of plain 16-bit input, of all else 4: what the registers hold.
     plain = fmt.scale_rule == "amax" and not fmt.hadamard and fmt.rounding == "nearest" and m.kind != 2
     nb, warps = (32, 2) if plain else (8, 1)
-    row_tiles, column_tiles = triton.cdiv(m.rows, 16), triton.cdiv(blocks_per_row, nb)
-    _quantize_16x16[(row_tiles * column_tiles * m.matrices,)](
-        m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, m.rows, blocks_per_row,
-        row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k, seed, offset, first_block,
+    row_tiles, column_tiles = cdiv(m.rows, 16), cdiv(blocks_per_row, nb)
+    launch_kernel(
+        _quantize_16x16, row_tiles * column_tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out),
+        (m.rows, blocks_per_row, row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
+        (seed, offset, first_block),
         NB=nb, EVEN=m.rows % 16 == 0 and blocks_per_row % nb == 0,
         SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
-        num_warps=warps, maxnreg=96 if fmt.scale_rule == "four_over_six" else None, enable_fp_fusion=False,
+        num_warps=warps, maxnreg=96 if fmt.scale_rule == "four_over_six" else None,
     )  # fmt: skip
 
 
 @jit
 def _scales(
-    amax_ptr, amax_stride, tensor_scale_ptr, amax_out_ptr, count, B: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr
+    amax_ptr, tensor_scale_ptr, amax_out_ptr, amax_stride, count, B: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr
 ):
     i = tl.program_id(0) * B + tl.arange(0, B)  # [B]
     amax = tl.load(amax_ptr + i * amax_stride, mask=i < count, other=0.0)
@@ -293,17 +295,10 @@ def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt
     count = tensor_scale.numel()
     if count:
         amax = tensor_scale.new_zeros(()) if amax is None else amax.contiguous()
-        _scales[(triton.cdiv(count, 128),)](
-            amax,
-            0 if amax.numel() == 1 else 1,
-            tensor_scale,
-            amax_out,
-            count,
-            B=128,
-            F=fmt,
-            NATIVE=_target.native_level(tensor_scale.device),
-            enable_fp_fusion=False,
-        )
+        launch_kernel(
+            _scales, cdiv(count, 128), (amax, tensor_scale, amax_out), (0 if amax.numel() == 1 else 1, count),
+            B=128, F=fmt, NATIVE=_target.native_level(tensor_scale.device),
+        )  # fmt: skip
 
 
 def signed(word: int) -> int:

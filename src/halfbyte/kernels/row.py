@@ -9,13 +9,12 @@ of two.
 
 from __future__ import annotations
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target
+from ._launch import launch, next_power_of_2
 from ._maxima import block_abs_max, reduce_max
 from ._primitives import e4m3_code, jit, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
@@ -67,11 +66,11 @@ def quantize_into(
 ) -> None:
     """One launch; see `quantize.quantize`."""
     blocks_per_row = m.columns // 16
-    nb = triton.next_power_of_2(blocks_per_row)
-    _quantize_row[(m.matrices * m.rows,)](
-        m.x, packed, scale.view(torch.uint8), tensor_scale, amax_out, m.rows, blocks_per_row,
-        m.stride_p, m.stride_m, m.stride_k,
+    nb = next_power_of_2(blocks_per_row)
+    launch(
+        _quantize_row, m.matrices * m.rows, (m.x, packed, scale, tensor_scale, amax_out),
+        (m.rows, blocks_per_row, m.stride_p, m.stride_m, m.stride_k),
         NB=nb, EVEN=nb == blocks_per_row, DENSE=m.dense, KIND=m.kind, OUT=mode, F=fmt,
         NATIVE=_target.native_level(m.x.device),
-        num_warps=min(max(nb // 64, 1), 16), enable_fp_fusion=False,
+        num_warps=min(max(nb // 64, 1), 16),
     )  # fmt: skip

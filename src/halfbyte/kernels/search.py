@@ -12,13 +12,14 @@ A program takes 16 rows of N blocks, or with a Hessian 16·T rows of one block: 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target
 from ._curvature import curvature
+from ._launch import cdiv
+from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max, reduce_max
 from ._primitives import e4m3_code, element_scale, jit, tensor_scales
 from ._rules import hadamard, store_elements
@@ -113,12 +114,14 @@ def launch(
         h = (2 * h - torch.diag_embed(h.diagonal(dim1=-2, dim2=-1))).contiguous()  # of this the upper triangle is read
     nb, t = (1, 4) if hessian is not None else (16, 1)
     blocks_per_row = m.columns // 16
-    row_tiles, column_tiles = triton.cdiv(m.rows, 16 * t), triton.cdiv(blocks_per_row, nb)
-    _search[(row_tiles * column_tiles * m.matrices,)](
-        m.x, packed, scale.view(torch.uint8), amax, tensor_scale, amax_out, w, h, mu, m.rows, blocks_per_row,
-        row_tiles, column_tiles, 0 if shared else m.rows if fmt.scaling == "row" else 1, 0 if shared else 1,
-        m.stride_p, m.stride_m, m.stride_k,
+    row_tiles, column_tiles = cdiv(m.rows, 16 * t), cdiv(blocks_per_row, nb)
+    stride_p = 0 if shared else m.rows if fmt.scaling == "row" else 1
+    launch_kernel(
+        _search, row_tiles * column_tiles * m.matrices,
+        (m.x, packed, scale, amax, tensor_scale, amax_out, w, h, mu),
+        (m.rows, blocks_per_row, row_tiles, column_tiles, stride_p, 0 if shared else 1, m.stride_p, m.stride_m,
+         m.stride_k),
         NB=nb, T=t, DENSE=m.dense, WEIGHTED=importance is not None, KIND=m.kind, OUT=mode, F=fmt,
         NATIVE=_target.native_level(m.x.device),
-        num_warps=1 if hessian is not None else 4, enable_fp_fusion=False,
+        num_warps=1 if hessian is not None else 4,
     )  # fmt: skip

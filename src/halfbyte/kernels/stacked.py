@@ -13,13 +13,13 @@ has left the L2 cache. AHEAD bytes is what hundreds of tiles hold; the second re
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target, amax, quantize
-from ._primitives import jit
+from ._launch import cdiv, launch
+from ._primitives import jit, jit_varying
 from ._tiles import Matrices
 from ._waiting import publish, wait
 
@@ -42,7 +42,7 @@ def amax_tile(
         amax.flat_amax(x_ptr, bits_ptr, p, start, blocks, BB, STEPS, KIND, NATIVE)
 
 
-@jit
+@jit_varying("seed", "offset", "first_block")
 def _quantize(
     x_ptr, out_ptr, scale_ptr, state_ptr, tensor_scale_ptr, amax_out_ptr, count, blocks, blocks_per_row,
     amax_tiles, tiles, ahead, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
@@ -83,11 +83,11 @@ def quantize_into(
     state = torch.zeros(2 * m.matrices, dtype=torch.int32, device=m.x.device)
     bb = tile_blocks(fmt)
     blocks = m.rows * m.columns // 16
-    amax_tiles, tiles = triton.cdiv(blocks, AMAX_BLOCKS * AMAX_STEPS), triton.cdiv(blocks, bb)
-    ahead = min(m.matrices, triton.cdiv(AHEAD, blocks * 16 * m.x.element_size()))
-    _quantize[((m.matrices + ahead) * (amax_tiles + tiles),)](
-        m.x, packed, scale.view(torch.uint8), state, tensor_scale, amax_out, m.matrices, blocks, m.columns // 16,
-        amax_tiles, tiles, ahead, seed, offset, first_block,
+    amax_tiles, tiles = cdiv(blocks, AMAX_BLOCKS * AMAX_STEPS), cdiv(blocks, bb)
+    ahead = min(m.matrices, cdiv(AHEAD, blocks * 16 * m.x.element_size()))
+    launch(
+        _quantize, (m.matrices + ahead) * (amax_tiles + tiles), (m.x, packed, scale, state, tensor_scale, amax_out),
+        (m.matrices, blocks, m.columns // 16, amax_tiles, tiles, ahead), (seed, offset, first_block),
         BB=bb, EVEN=blocks % bb == 0, AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS, KIND=m.kind, F=fmt,
-        NATIVE=_target.native_level(m.x.device), num_warps=4, enable_fp_fusion=False,
+        NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import cdiv, launch
 from ._primitives import jit
 
 TILE = 512
@@ -44,7 +44,7 @@ def _convert(
 def swizzle(scale: Tensor) -> Tensor:
     """As `halfbyte.numerics.swizzle.swizzle`."""
     *lead, rows, columns = scale.shape
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 4)
+    tiles = cdiv(rows, 128) * cdiv(columns, 4)
     result = torch.empty((*lead, tiles * TILE), dtype=scale.dtype, device=scale.device)
     _launch(scale.reshape(math.prod(lead), rows, columns), result, True)
     return result
@@ -60,9 +60,9 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
 
 def _launch(plain: Tensor, swizzled: Tensor, forward: bool) -> None:
     matrices, rows, columns = plain.shape
-    row_tiles, column_tiles = triton.cdiv(rows, 128), triton.cdiv(columns, 4)
+    row_tiles, column_tiles = cdiv(rows, 128), cdiv(columns, 4)
     if matrices * row_tiles * column_tiles:
-        _convert[(matrices * row_tiles * column_tiles,)](
-            plain.view(torch.uint8), swizzled.view(torch.uint8), rows, columns, row_tiles, column_tiles,
-            *plain.stride(), FORWARD=forward, TILE=TILE,
+        launch(
+            _convert, matrices * row_tiles * column_tiles, (plain, swizzled),
+            (rows, columns, row_tiles, column_tiles, *plain.stride()), FORWARD=forward, TILE=TILE,
         )  # fmt: skip

@@ -12,21 +12,20 @@ The tile is tall for the columns alone (its scales are stored after an exchange,
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..formats import NVFP4
 from . import _target
+from . import quantize as rows_first
 from ._columns import column_pairs, load_tile, store_tile
+from ._launch import cdiv, launch
 from ._maxima import block_abs_max, halves_abs_max
-from ._primitives import e4m3_code, jit, tensor_scales
+from ._primitives import e4m3_code, jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax
-from .quantize import quantize as quantize_rows
-from .quantize import signed
 
 ALONE, TOGETHER = (128, 64), (64, 128)  # rows and columns of a tile
 BLOCKS = 256  # blocks of the rows that a program holds at a time: two a thread
@@ -64,7 +63,7 @@ def _quantize_rows(
         tl.store(scale_ptr + first + block, e4m3_code(scale), mask=mask)
 
 
-@jit
+@jit_varying("seed", "offset", "first_block")
 def _quantize(
     x_ptr, packed_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     row_packed_ptr, row_scale_ptr, row_amax_ptr, row_tensor_scale_ptr, row_amax_out_ptr,
@@ -136,7 +135,31 @@ def supports(x: Tensor, fmt: NVFP4) -> bool:
     if fmt.block != (1, 16) or fmt.scaling != "tensor":
         return False
     m = as_matrices(x, True)
-    return m.dense and m.rows < 1 << 22 and m.columns < 1 << 22 and m.matrices < 1 << 16  # what a grid holds
+    return m.dense and _in_a_grid(m)
+
+
+def supports_view(m: Matrices, fmt: NVFP4) -> bool:
+    """Whether m, as it is, is the transpose of dense matrices that can be quantized to fmt here."""
+    if m.stride_m != 1 or m.stride_k != m.rows or m.rows % 16 or fmt.block != (1, 16) or fmt.scaling != "tensor":
+        return False
+    together = m.matrices == 1 or m.stride_p == m.rows * m.columns
+    aligned = m.x.data_ptr() % (8 if m.kind == 2 else 4) == 0
+    return (
+        together and aligned and _in_a_grid(m) and fmt.scale_rule != "search"
+    )  # its own kernel has the threads for it
+
+
+def _in_a_grid(m: Matrices) -> bool:
+    return m.rows < 1 << 22 and m.columns < 1 << 22 and m.matrices < 1 << 16
+
+
+def quantize_into(
+    m: Matrices, fmt: NVFP4, amax: Tensor | None, out: Quantized, seed: int, offset: int, first_block: int
+) -> None:
+    """Quantize m, for which `supports_view`; amax: one value, or one per matrix; see `quantize.quantize`."""
+    lying = m._replace(rows=m.columns, columns=m.rows, stride_m=m.rows, stride_k=1, dense=True)
+    amax = _maxima(lying, fmt, False)[0] if amax is None else amax.contiguous()
+    _launch(lying, fmt, amax, out, (seed, offset), first_block)
 
 
 def quantize(
@@ -178,7 +201,7 @@ def quantize(
     _launch(m, fmt, amax, columns, rng, first_block)
     if rowwise is None:
         return columns, None
-    rows = quantize_rows(
+    rows = rows_first.quantize(
         x, rowwise, amax=rowwise_amax, per_matrix=True, rng=rowwise_rng, first_block=rowwise_first_block
     )
     return columns, rows
@@ -203,13 +226,13 @@ def _launch(
     seed, offset = (0, 0) if rng is None else rng
     row_amax, rows = amax if row_amax is None else row_amax, out if rows is None else rows
     tile_rows, tile_columns = ALONE if rowwise is None else TOGETHER
-    grid = triton.cdiv(m.columns, tile_columns), triton.cdiv(m.rows, tile_rows), m.matrices
-    _quantize[grid](
-        m.x, out[0], out[1].view(torch.uint8), amax, out[2], out[3],
-        rows[0], rows[1].view(torch.uint8), row_amax, rows[2], rows[3],
-        m.rows, m.columns, int(amax.numel() > 1), int(row_amax.numel() > 1), signed(seed), signed(offset), first_block,
+    launch(
+        _quantize, (cdiv(m.columns, tile_columns), cdiv(m.rows, tile_rows), m.matrices),
+        (m.x, out[0], out[1], amax, out[2], out[3], rows[0], rows[1], row_amax, rows[2], rows[3]),
+        (m.rows, m.columns, int(amax.numel() > 1), int(row_amax.numel() > 1)),
+        (rows_first.signed(seed), rows_first.signed(offset), first_block),
         ROWS=tile_rows, COLUMNS=tile_columns, BB=BLOCKS, EVEN=m.rows % tile_rows == 0 and m.columns % tile_columns == 0,
-        KIND=m.kind, F=fmt, R=rowwise, NATIVE=_target.native_level(m.x.device), num_warps=4, enable_fp_fusion=False,
+        KIND=m.kind, F=fmt, R=rowwise, NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip
 
 
@@ -220,10 +243,11 @@ def _maxima(m: Matrices, fmt: NVFP4, share: bool) -> tuple[Tensor, Tensor]:
         return result, result
     bits = torch.zeros((2, m.matrices), dtype=torch.float32, device=m.x.device)
     rows, columns = ALONE
-    _amax[(triton.cdiv(m.columns, columns), triton.cdiv(m.rows, rows), m.matrices)](
-        m.x, bits[0].view(torch.int32), bits[1].view(torch.int32), m.rows, m.columns,
+    launch(
+        _amax, (cdiv(m.columns, columns), cdiv(m.rows, rows), m.matrices),
+        (m.x, bits[0].view(torch.int32), bits[1].view(torch.int32)), (m.rows, m.columns),
         ROWS=rows, COLUMNS=columns, BOTH=share, EVEN=m.rows % rows == 0 and m.columns % columns == 0, KIND=m.kind,
-        NATIVE=_target.native_level(m.x.device), num_warps=4, enable_fp_fusion=False,
+        NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip
     return bits[0], bits[1]
 

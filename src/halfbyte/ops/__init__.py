@@ -19,7 +19,15 @@ from ..numerics.nvfp4 import Encoded
 from ..numerics.swizzle import swizzled_size
 from . import custom
 from .backends import Impl, backend, pick
-from .checks import FLOAT_DTYPES, check_amax, check_error_weights, check_input, check_rounding, check_scale
+from .checks import (
+    FLOAT_DTYPES,
+    check_amax,
+    check_error_weights,
+    check_input,
+    check_inputs,
+    check_rounding,
+    check_scale,
+)
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -155,21 +163,18 @@ def quantize_many(
         other = "amax given" if amax is not None else "scaling='row', where every row has its own"
         raise FormatError(f"shared_amax=True with {other}: leave shared_amax out")
     check_error_weights(xs[0] if xs else None, fmt, None, None)
-    for i, x in enumerate(xs):
-        check_input(x, fmt, f"xs[{i}]")
-        if x.device != xs[0].device:
-            raise ShapeError(f"xs[{i}] is on {x.device}, xs[0] on {xs[0].device}; move one with .to(device)")
+    check_inputs(xs, fmt)
     if not xs:
         return []
     if amax is not None:
         check_amax(amax, xs[0], torch.Size((len(xs),)))
         amax = amax.detach()
-    xs = [x.detach() for x in xs]
+    xs = [x.detach() if x.requires_grad else x for x in xs]
     name = pick(impl, xs[0].device)
     if torch.compiler.is_compiling():
         parts = custom.quantize_many(xs, amax, custom.spell(fmt), shared_amax, name)
         return [Encoded(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
-    return [Encoded(*q) for q in backend(name).quantize_many(xs, fmt, amax=amax, shared_amax=shared_amax)]
+    return [*map(Encoded._make, backend(name).quantize_many(xs, fmt, amax=amax, shared_amax=shared_amax))]
 
 
 def swizzle(scale: Tensor, *, impl: str = "auto") -> Tensor:

@@ -123,7 +123,10 @@ def _triton_many(
 ) -> list[Quantized]:
     from ..kernels import many
 
-    return many.quantize_many(xs, fmt, **options) if many.supports(xs, fmt) else otherwise(xs, fmt, **options)
+    try:
+        return many.quantize_many(xs, fmt, **options)
+    except UnsupportedError:  # raised before anything is done: these tensors go one by one
+        return otherwise(xs, fmt, **options)
 
 
 def _composed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,21 @@ def check_input(x: Tensor, fmt: Format, name: str = "x") -> None:
             f"{name} has shape {tuple(x.shape)}: the last dimension must be divisible by {fmt.block_columns} "
             f"for {type(fmt).__name__}; pad it, or leave this tensor unquantized"
         )
+
+
+def check_inputs(xs: Sequence[Tensor], fmt: Format) -> None:
+    """`check_input` of each; raise ShapeError too where one is on another device than the first."""
+    known: set[object] = set()  # of a hundred experts most are alike
+    compiling = torch.compiler.is_compiling()  # shapes may be symbols, which no set takes
+    for i, x in enumerate(xs):
+        if not compiling and isinstance(x, Tensor):
+            facts = (x.shape, x.dtype, x.device)
+            if facts in known:
+                continue
+            known.add(facts)
+        check_input(x, fmt, f"xs[{i}]")
+        if x.device != xs[0].device:
+            raise ShapeError(f"xs[{i}] is on {x.device}, xs[0] on {xs[0].device}; move one with .to(device)")
 
 
 def check_amax(amax: Tensor, x: Tensor, wanted: torch.Size, name: str = "amax") -> None:
