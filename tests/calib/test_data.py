@@ -106,4 +106,16 @@ def test_the_shipped_set_is_not_what_is_evaluated() -> None:
     paragraphs = {p.strip() for p in evaluation.split("\n\n")}
     text = shipped()
     equal([p for p in text.split("\n\n") if p.strip() in paragraphs], [])
-    true(len(text) > 380_000, "most of it is left")
+    true(len(text) > 25_000, "most of it is left")
+    train = (Path(halfbyte.__file__).parent / "data" / "text" / "train.txt").read_text()
+    true(text[:2000] not in train, "what the tiny model was trained on")
+
+
+def test_windows_of_the_shipped_text_overlap() -> None:
+    """It is small: eight windows may share a token, no more."""
+    characters = len(shipped())
+    ids = load_windows(None, Letters(), 1 << 21, 64, characters // 8).ids
+    equal(tuple(ids.shape), (64, characters // 8))
+    true(bool((ids[0, 400:500] != ids[1, 400:500]).any()), "all windows are the same")
+    with pytest.raises(CheckpointError, match="give more text with --data, or at most --samples 64"):
+        load_windows(None, Letters(), 1 << 21, 66, characters // 8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedError
 
+SHIPPED_OVERLAP = 8  # windows of the shipped text that may share a token: it is small, and does as well (docs)
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
@@ -32,15 +33,15 @@ class Windows:
 
 
 def shipped() -> str:
-    """The small calibration set that comes with halfbyte: the calibration and training texts, without evaluation text.
+    """The small calibration set that comes with halfbyte: the calibration text, without evaluation text.
 
-    Topics of the evaluation text are not among them, but some paragraphs stand in several topics: those are left out.
+    Topics of the evaluation text are not among its own, but some paragraphs stand in several topics: those are left
+    out.
     """
     folder = Path(str(files("halfbyte"))) / "data" / "text"
-    texts = {name: _read(folder / f"{name}.txt").split("\n\n") for name in ("calibration", "train", "evaluation")}
-    evaluated = {" ".join(paragraph.split()) for paragraph in texts["evaluation"]}
-    kept = (p for p in texts["calibration"] + texts["train"] if " ".join(p.split()) not in evaluated)
-    return "\n\n".join(kept)
+    calibration, evaluation = (_read(folder / f"{name}.txt").split("\n\n") for name in ("calibration", "evaluation"))
+    evaluated = {" ".join(paragraph.split()) for paragraph in evaluation}
+    return "\n\n".join(p for p in calibration if " ".join(p.split()) not in evaluated)
 
 
 def load_windows(
@@ -49,6 +50,7 @@ def load_windows(
     """Cut a text, jsonl or parquet file into windows, spread evenly over all of it.
 
     Each window starts with the tokenizer's BOS, if it has one. Documents follow each other in one stream of tokens.
+    Windows of a file do not overlap; those of the shipped text do, where it is too short for so many.
 
     Args:
         path: a text file, or one of records with a "text" or with "messages" for the tokenizer's chat template; None
@@ -76,10 +78,13 @@ def load_windows(
         )
     bos = [] if getattr(tokenizer, "bos_token_id", None) is None else [int(tokenizer.bos_token_id)]
     length = sequence_length - len(bos)
-    if len(ids) < samples * length:
-        fit = len(ids) // length
+    uses = SHIPPED_OVERLAP if path is None else 1
+    if len(ids) < length or uses * len(ids) < samples * length:
+        fit = uses * len(ids) // length if len(ids) >= length else 0
+        needed = max(length, -(-samples * length // uses))
         raise CheckpointError(
-            f"{where}: {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; give more text, "
+            f"{where}: {len(ids)} tokens, but {samples} samples of {length} need {needed}; give more text"
+            + (" with --data, " if path is None else ", ")
             + (f"or at most --samples {fit}" if fit else f"or a --sequence-length of at most {len(ids)}")
         )
     stride = (len(ids) - length) // max(samples - 1, 1)

@@ -50,7 +50,7 @@ def observed(layer: nn.Module, taps: Mapping[str, Tap], every_expert: bool) -> I
                 raise UnsupportedError(
                     f"{path}: neither Linears nor fused experts of transformers; use --ignore {path}"
                 )
-            counts[path] = torch.zeros(module.num_experts, dtype=torch.int64)
+            counts[path] = torch.zeros(module.num_experts, dtype=torch.int64, device=module.down_proj.device)
             module.halfbyte = (own, every_expert, counts[path])
             stack.callback(delattr, module, "halfbyte")
         if every_expert:

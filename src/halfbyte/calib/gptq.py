@@ -146,7 +146,8 @@ def gptq(weight: Tensor, factor: Factor, fmt: NVFP4, amax: Tensor, *, impl: ops.
     w = torch.where(factor.dead, 0.0, w)[:, factor.order]  # [N, K] in the order of rounding
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     scales = torch.empty(n, k // BLOCK, dtype=torch.uint8, device=w.device)
-    saturated, loss = 0, 0.0
+    saturated = torch.zeros((), dtype=torch.int64, device=w.device)  # on the device: reading one each time would wait
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
     for first in range(0, k, LAZY):
         last = min(first + LAZY, k)
         batch = w[:, first:last].contiguous()
@@ -159,12 +160,12 @@ def gptq(weight: Tensor, factor: Factor, fmt: NVFP4, amax: Tensor, *, impl: ops.
             found = round_block(block, upper[start:end, start:end], decode_scale, scale, impl=impl)
             codes[:, first + start : first + end], chosen, error = found
             scales[:, (first + start) // BLOCK] = chosen.view(torch.uint8)
-            saturated += int((block.abs().amax(1) > amax).sum())
-            loss += float(error.square().sum())
+            saturated += (block.abs().amax(1) > amax).sum()
+            loss += error.square().sum()
             batch[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
             errors[:, start:end] = error
         w[:, last:].addmm_(errors, factor.upper[first:last, last:], alpha=-1)
-    return Rounded(_assemble(codes, scales, factor.order, fmt, amax, decode_scale), saturated, loss)
+    return Rounded(_assemble(codes, scales, factor.order, fmt, amax, decode_scale), int(saturated), float(loss))
 
 
 def _scale(block: Tensor, fmt: NVFP4, amax: Tensor, impl: ops.Impl) -> Tensor | None:

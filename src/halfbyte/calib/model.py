@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +46,16 @@ def open_decoder(
 
     Raises:
         CheckpointError: transformers does not know the architecture, or where its layers are is not clear.
-        UnsupportedError: transformers or accelerate is not installed.
+        UnsupportedError: transformers is not installed.
     """
     try:
-        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UnsupportedError("calibration runs models with transformers: pip install 'halfbyte[hf]'") from error
     where = checkpoint.directory
     try:
         config = AutoConfig.from_pretrained(where)
-        with init_empty_weights(include_buffers=False):
+        with _weightless():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(
@@ -84,6 +84,24 @@ def open_decoder(
     for name in [*body._parameters, *body._buffers]:
         raise CheckpointError(f"{where}: {type(body).__name__} has {name} beside its layers, which is not understood")
     return decoder
+
+
+@contextlib.contextmanager
+def _weightless() -> Iterator[None]:
+    """Modules built meanwhile have parameters on the meta device, one after the other; buffers are real."""
+    module_class: Any = nn.Module
+    register = module_class.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    module_class.register_parameter = without_memory
+    try:
+        yield
+    finally:
+        module_class.register_parameter = register
 
 
 def _layers_path(model: nn.Module, count: int, wanted: str | None, where: object) -> str:

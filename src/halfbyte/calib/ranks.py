@@ -70,14 +70,14 @@ class Ranks:
         return counts
 
     def object(self, value: Any, owner: int) -> Any:
-        """One rank's value, on all."""
+        """One rank's value, on all; on the others its tensors are on the CPU, whichever GPU they come from."""
         if self.world == 1:
             return value
         buffer = io.BytesIO()  # torch.save, because torch's own pickling of objects does not know float8
         torch.save(value, buffer)
         values = [buffer.getvalue()]
         dist.broadcast_object_list(values, owner)
-        return torch.load(io.BytesIO(values[0]), weights_only=False)
+        return torch.load(io.BytesIO(values[0]), weights_only=False, map_location="cpu")
 
     def wait(self) -> None:
         """Until all are here."""

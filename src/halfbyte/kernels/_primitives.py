@@ -294,17 +294,18 @@ def words_of(lo, hi, KIND: tl.constexpr, NATIVE: tl.constexpr):
 def e2m1_values(packed):
     """The two values of a packed byte as float32: the even column, then the odd."""
     byte = packed.to(tl.int32)
-    return _e2m1_float(byte), _e2m1_float(byte >> 4)
+    return e2m1_code_value(byte), e2m1_code_value(byte >> 4)
 
 
 @jit
-def _e2m1_float(code):
+def e2m1_code_value(code):
+    """The value of E2M1 codes (int32; higher bits are ignored) as float32; code 8 is -0.0."""
     bits = ((code & 8) << 28) | ((code & 7) << 22)  # E2M1's exponents, as float32's lowest
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
 @jit
-def _e2m1_code(y):
+def e2m1_code(y):
     """E2M1 code (int32) of float32 y, nearest even; NaN → 0; the sign bit where y < 0."""
     a = tl.abs(y)
     rounded = tl.minimum(tl.minimum(2.0 * a + M, a + (2.0 + M)), tl.minimum(0.5 * a + (4.0 + M), 7.0 + M))
@@ -334,7 +335,7 @@ def e2m1_pair(lo, hi, scale, SAFE: tl.constexpr, NATIVE: tl.constexpr):
             E2M1_PTX, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [lo, hi, scale], dtype=tl.uint8, is_pure=True, pack=4
         )
     else:
-        packed = (_e2m1_code(lo * scale) | (_e2m1_code(hi * scale) << 4)).to(tl.uint8)
+        packed = (e2m1_code(lo * scale) | (e2m1_code(hi * scale) << 4)).to(tl.uint8)
     return packed
 
 

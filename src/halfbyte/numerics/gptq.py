@@ -51,7 +51,10 @@ def _search(
     candidate = (first.clamp(1, len(values) - 1)[:, None] + steps).clamp(1, len(values) - 1)
     candidate = torch.where(largest[:, None] == 0, 0, candidate)  # [N, C]
     codes, error = _round(weight, factor, decode_scale, values[candidate])
-    best = error.square().sum(-1).nan_to_num(nan=torch.inf).argmin(1)  # a tie keeps the smaller scale
+    loss = torch.zeros_like(error[..., 0])
+    for e in error.unbind(-1):  # in the order of columns
+        loss += e * e
+    best = loss.nan_to_num(nan=torch.inf).argmin(1)  # a tie keeps the smaller scale
     rows = torch.arange(len(weight), device=weight.device)
     chosen = candidate[rows, best].to(torch.uint8).view(torch.float8_e4m3fn)
     return codes[rows, best], chosen, error[rows, best]

@@ -13,10 +13,16 @@ def round_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round weight (N, 16) column by column; see `halfbyte.numerics.gptq.round_block`.
 
-    "cpu" and "reference" do the same operations in the same order; on a GPU the reference runs.
+    All do the same operations in the same order, and give the same bytes.
     """
-    if pick(impl, weight.device) == "cpu":
-        from ..kernels.cpu import gptq
+    match pick(impl, weight.device):
+        case "cpu":
+            from ..kernels.cpu import gptq
 
-        return gptq.round_block(weight, factor, decode_scale, scale)
-    return reference.round_block(weight, factor, decode_scale, scale)
+            return gptq.round_block(weight, factor, decode_scale, scale)
+        case "triton":
+            from ..kernels import gptq as triton_gptq
+
+            return triton_gptq.round_block(weight, factor, decode_scale, scale)
+        case _:
+            return reference.round_block(weight, factor, decode_scale, scale)
