@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from halfbyte import __version__
 from halfbyte.checkpoint import convert as converting
-from halfbyte.checkpoint import hub
+from halfbyte.checkpoint import hub, weights
 from halfbyte.checkpoint.shards import ShardWriter
 from halfbyte.cli import app
 
@@ -253,9 +253,9 @@ def test_interrupted_half_way(
         if len(quantized) == 7:
             true(list(tmp_path.glob(".out.*.partial/*.safetensors")), "writing has not begun")
             raise error
-        return converting.quantize(arguments[0], arguments[1], amax=arguments[2])
+        return weights.quantize_groups(*arguments)
 
-    monkeypatch.setattr(converting, "quantize_weight", fail)
+    monkeypatch.setattr(converting, "quantize_groups", fail)
     true(cli("convert", source, tmp_path / "out").exit_code not in (0, None), "a failure that looks like success")
     equal((len(quantized), sorted(tmp_path.rglob("*"))), (7, before))
 

@@ -36,7 +36,7 @@ PARSED = [
     ("model.layers.61.shared_head.head.weight", "mtp", 0, "lm_head", None),
     ("mtp.layers.0.mlp.up_proj.weight", "mtp", 0, "mlp", None),
     ("mtp.fc.weight", "mtp", None, "other", None),
-    ("model.mtp_layers.1.self_attn.o_proj.weight", "mtp", None, "attention", None),
+    ("model.mtp_layers.1.self_attn.o_proj.weight", "mtp", 1, "attention", None),
     ("lm_head.weight", "other", None, "lm_head", None),
     ("model.embed_tokens.weight", "other", None, "embedding", None),
     ("transformer.wte.weight", "other", None, "embedding", None),
@@ -109,6 +109,9 @@ def test_experts_module(name: str, module: str | None) -> None:
         ("model.layers.4.mlp.shared_expert.up_proj.weight", "decoder.layers.4.mlp.shared_experts.linear_fc1.weight"),
         ("model.layers.4.mlp.gate.weight", "decoder.layers.4.mlp.router.weight"),
         ("model.layers.62.mlp.down_proj.weight", "mtp.layers.1.transformer_layer.mlp.linear_fc2.weight"),
+        ("model.mtp_layers.1.mlp.up_proj.weight", "mtp.layers.1.transformer_layer.mlp.linear_fc1.weight"),
+        ("model.layers.4.mlp.shared_expert_gate.weight", "decoder.layers.4.mlp.shared_experts.gate_weight"),
+        ("model.layers.4.mlp.gate_up_proj.weight", "decoder.layers.4.mlp.linear_fc1.weight"),
         ("lm_head.weight", "output_layer.weight"),
         ("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
         ("model.visual.blocks.4.mlp.up_proj.weight", None),
@@ -117,6 +120,18 @@ def test_experts_module(name: str, module: str | None) -> None:
 )
 def test_megatron(name: str, megatron: str | None) -> None:
     equal(names.megatron(names.parse(name, LAYERS)), megatron)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("module.module.decoder.layers.3.", "decoder.layers.3."),
+        ("mtp.layers.0.mtp_model_layer.mlp", "mtp.layers.0.transformer_layer.mlp"),
+        ("linear_qkv", "linear_qkv"),
+    ],
+)
+def test_plain_megatron(text: str, plain: str) -> None:
+    equal(names.plain_megatron(text), plain)
 
 
 def test_natural_order() -> None:

@@ -111,6 +111,10 @@ def test_extra_high_precision_layers() -> None:
     equal([i for i in range(LAYERS) if not selects(megatron, DENSE.format(i))], [3])
     equal(decide(megatron, ATTENTION.format(0)), (False, "--extra-high-precision-layers-megatron linear_qkv"))
     true(selects(megatron, "model.layers.3.mlp.down_proj.weight"), "linear_fc2 was not named")
+    wrapped = Policy(extra_high_precision_layers_megatron=("module.module.decoder.layers.3.",))
+    equal([i for i in range(LAYERS) if not selects(wrapped, DENSE.format(i))], [3])
+    newer = Policy(include_mtp=True, extra_high_precision_layers_megatron=("mtp_model_layer.mlp",))
+    true(not selects(newer, "mtp.layers.0.mlp.up_proj.weight"), "both names of an MTP layer's block are one")
 
 
 @pytest.mark.parametrize(

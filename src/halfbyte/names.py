@@ -12,7 +12,7 @@ from typing import Literal
 Tower = Literal["decoder", "mtp", "other"]
 Kind = Literal["attention", "mlp", "experts", "router", "embedding", "lm_head", "conv", "norm", "indexer", "other"]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|mtp_layers)\.(\d+)\.")
 _OTHER_TOWER = re.compile(
     r"(?:^|\.)(?:[a-z0-9_]*_)?(?:vision|visual|vit|image|audio|speech|siglip|encoder|talker|code2wav|projector|"
     r"token2wav|aligner|merger)(?:_[a-z0-9_]*)?(?:\.|$)"
@@ -146,7 +146,7 @@ _MEGATRON_LEAVES = (
     (("kv_a_proj_with_mqa",), "self_attention.linear_kv_down_proj"),
     (("kv_b_proj",), "self_attention.linear_kv_up_proj"),
 )
-_MEGATRON_MLP = {"gate_proj": "linear_fc1", "up_proj": "linear_fc1", "w1": "linear_fc1", "w3": "linear_fc1"}
+_MEGATRON_MLP = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"), "linear_fc1")
 _MEGATRON_MLP |= {"down_proj": "linear_fc2", "w2": "linear_fc2"}
 
 
@@ -159,6 +159,8 @@ def megatron(name: Name) -> str | None:
     if name.layer is None or name.tower == "other":
         return None
     layer = f"mtp.layers.{name.layer}.transformer_layer" if name.tower == "mtp" else f"decoder.layers.{name.layer}"
+    if name.leaf in ("shared_expert_gate", "shared_experts_gate"):
+        return f"{layer}.mlp.shared_experts.gate_{name.parameter}"
     if name.kind == "router":
         return f"{layer}.mlp.router.{name.parameter}"
     for leaves, target in _MEGATRON_LEAVES:
@@ -172,6 +174,17 @@ def megatron(name: Name) -> str | None:
     if name.kind == "experts":
         return f"{layer}.mlp.shared_experts.{target}.{name.parameter}"
     return f"{layer}.mlp.{target}.{name.parameter}"
+
+
+def plain_megatron(text: str) -> str:
+    """A Megatron-Core name, or part of one, without wrappers' prefixes and with the older name of an MTP layer's block.
+
+    Source: DistributedDataParallel and Float16Module each prepend "module."; megatron.core's
+    MultiTokenPredictionLayer called its block transformer_layer before mtp_model_layer.
+    """
+    while text.startswith("module."):
+        text = text.removeprefix("module.")
+    return text.replace("mtp_model_layer", "transformer_layer")
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -97,7 +97,7 @@ class Policy:
             if text in name.full:
                 return Decision(False, f"--extra-high-precision-layers-hf {text}")
         for text in self.extra_high_precision_layers_megatron:
-            if text in (names.megatron(name) or ""):
+            if _in_megatron(text, name):
                 return Decision(False, f"--extra-high-precision-layers-megatron {text}")
         if name.kind in _NOT_LINEAR:
             return Decision(False, _NEVER[name.kind])
@@ -130,7 +130,7 @@ class Policy:
             ("ignore", matches),
             ("include", lambda text, name: name.kind not in _NOT_LINEAR and matches(text, name)),
             ("extra_high_precision_layers_hf", lambda text, name: text in name.full),
-            ("extra_high_precision_layers_megatron", lambda text, name: text in (names.megatron(name) or "")),
+            ("extra_high_precision_layers_megatron", _in_megatron),
         )
         return [
             f"--{field.replace('_', '-')} {pattern}"
@@ -188,3 +188,7 @@ def matches(pattern: str, name: Name) -> bool:
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name.full, pattern) or fnmatch.fnmatchcase(name.module, pattern)
     return f".{pattern}." in f".{name.full}."
+
+
+def _in_megatron(text: str, name: Name) -> bool:
+    return names.plain_megatron(text) in (names.megatron(name) or "")

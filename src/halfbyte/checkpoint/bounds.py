@@ -12,12 +12,12 @@ import torch
 
 from ..errors import HalfbyteError
 from ..formats import NVFP4
-from ..functional import quantize
-from .convert import group_amax
+from .convert import weight_group
 from .dequantize import decode
 from .plan import Plan, Planned
 from .shards import Checkpoint
 from .verify import Contents, Finding, Progress
+from .weights import quantize_groups
 
 SLACK = 4.0
 """A calibrated weight may be this many times as far from the original as rounding to nearest by `amax` puts it. GPTQ
@@ -48,16 +48,16 @@ def _group(contents: Contents, source: Checkpoint, group: tuple[Planned, ...], d
             yield Finding(name, "is in high precision, but not what the source has")
         return
     weights = [source.read(item.source, item.index).to(device) for item in group]
-    amax = group_amax(source, group, weights)
-    for item, weight in zip(group, weights, strict=True):
+    fmt = group[0].format
+    fmt = NVFP4() if isinstance(fmt, NVFP4) else fmt
+    (rounded,) = quantize_groups([weight_group(source, group, weights, fmt)])
+    for item, weight, nearest in zip(group, weights, rounded, strict=True):
         decoded = decode(contents, item.name.module, torch.float32, device)
         if decoded.shape != weight.shape:
             yield Finding(
                 item.name.full, f"decodes to shape {list(decoded.shape)}; the source has {list(weight.shape)}"
             )
             continue
-        fmt = item.format
-        nearest = quantize(weight, NVFP4(), amax=amax) if isinstance(fmt, NVFP4) else quantize(weight, fmt or NVFP4())
         bound = float(torch.linalg.vector_norm(nearest.dequantize() - weight.float()))
         error = float(torch.linalg.vector_norm(decoded - weight.float()))
         if not error <= SLACK * bound:

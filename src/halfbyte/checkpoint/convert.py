@@ -15,7 +15,6 @@ from torch import Tensor
 from .. import ops
 from ..errors import CheckpointError
 from ..formats import MXFP8, NVFP4, Format
-from ..functional import quantize
 from ..tensor import QuantizedTensor
 from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
@@ -34,8 +33,8 @@ from .shards import (
     whole_or_nothing,
     write_json,
 )
+from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
-CONSTANT_INPUT_SCALE = 1.0  # amax 2688 = 6 · 448
 DEFAULT_SHARD_BYTES = 5_000_000_000
 Progress = Callable[[int], None]  # called with the bytes of the source just finished
 
@@ -214,18 +213,25 @@ def convert_group(
         yield item, {item.name.full: checkpoint.read(item.source, item.index)}, None
         return
     weights = [checkpoint.read(item.source, item.index).to(device) for item in group]
-    amax = group_amax(checkpoint, group, weights)
-    for item, weight in zip(group, weights, strict=True):
-        input_scale = _input_scale(item, options, calibrated)
-        q = calibrated.weight(item.name.full) if calibrated else None
-        if q is None:
-            q = quantize_weight(weight, fmt, amax)
-        elif tuple(q.shape) != item.shape:
+    given = [calibrated.weight(item.name.full) if calibrated else None for item in group]
+    quantized = given
+    if any(q is None for q in given):
+        (rounded,) = quantize_groups([weight_group(checkpoint, group, weights, fmt)])
+        quantized = [r if q is None else q for q, r in zip(given, rounded, strict=True)]
+    for item, weight, q in zip(group, weights, quantized, strict=True):
+        assert q is not None
+        if tuple(q.shape) != item.shape:
             raise CheckpointError(
                 f"{item.name.full}: calibrated as {list(q.shape)}, but its shape is {list(item.shape)}"
             )
-        tensors = weight_tensors(options.layout, item.name.module, q, input_scale)
+        tensors = weight_tensors(options.layout, item.name.module, q, _input_scale(item, options, calibrated))
         yield item, tensors, _report(item, weight, q)
+
+
+def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor], fmt: Format) -> WeightGroup:
+    """A planned group with its weights, for `quantize_groups`."""
+    where = [f"{checkpoint.directory / checkpoint.tensors[item.source].file}: " for item in group]
+    return WeightGroup(fmt, weights, [item.name.full for item in group], where)
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:
@@ -238,24 +244,6 @@ def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None)
             "precision: drop it from policy.include"
         )
     return float(scale)
-
-
-def group_amax(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor]) -> Tensor:
-    """max |w| over all members; refuses NaN and inf."""
-    amaxes = [weight.abs().amax().float() for weight in weights]
-    for item, amax in zip(group, amaxes, strict=True):
-        if not bool(amax.isfinite()):
-            path = checkpoint.directory / checkpoint.tensors[item.source].file
-            raise CheckpointError(
-                f"{path}: tensor {item.name.full}: contains NaN or inf; repair the model, or exclude it with "
-                f"--ignore {item.name.module}"
-            )
-    return torch.stack(amaxes).amax()
-
-
-def quantize_weight(weight: Tensor, fmt: Format, amax: Tensor) -> QuantizedTensor:
-    """Quantize one weight under its group's amax (which MXFP8 has no use for)."""
-    return quantize(weight, fmt, amax=amax) if isinstance(fmt, NVFP4) else quantize(weight, fmt)
 
 
 def kv_scales(plan: Plan, options: Options, calibrated: Calibrated | None = None) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from .. import names
 from ..errors import CheckpointError
@@ -20,12 +21,35 @@ from .config import is_quantized
 from .exclusion import disagreements, exclusion_list
 from .options import Options as Options
 from .schema import FOREIGN_PARAMETERS, STACKED_EXPERTS
-from .shards import Checkpoint, TensorInfo
+from .shards import TensorInfo
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
 
 _EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+class Source(Protocol):
+    """What a plan is made from: a `Checkpoint`, or anything that knows as much."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass
+class Headers:
+    """The headers of a model without its weights.
+
+    Attributes:
+        directory: what errors name; files are named below it.
+        config: as config.json has it.
+        tensors: name → dtype and shape.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,7 @@ class Plan:
         return [item for item in self if item.format is not None]
 
 
-def make_plan(source: Checkpoint, options: Options, found: Mapping[str, Format] | None = None) -> Plan:
+def make_plan(source: Source, options: Options, found: Mapping[str, Format] | None = None) -> Plan:
     """Decide on every tensor of a source checkpoint.
 
     found: module → format of all that is quantized, instead of what the options' policy and overrides say.
@@ -117,7 +141,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def decoder_layers(source: Checkpoint) -> int:
+def decoder_layers(source: Source) -> int:
     """Number of decoder layers, by the config; multi-token-prediction layers do not count."""
     config = text_config(source.config)
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
@@ -141,7 +165,7 @@ class _Choice:
         return decision, self.options.format_of(name) if decision.quantize else None
 
 
-def _items(source: Checkpoint, choose: _Choice) -> Iterator[Planned]:
+def _items(source: Source, choose: _Choice) -> Iterator[Planned]:
     tied = bool(source.config.get("tie_word_embeddings", text_config(source.config).get("tie_word_embeddings")))
     for tensor, info in sorted(source.tensors.items(), key=lambda item: names.natural_key(item[0])):
         name = names.parse(tensor, choose.layers)
@@ -178,7 +202,7 @@ def _is_stacked(name: Name, info: TensorInfo) -> bool:
     return len(info.shape) >= 3 or (name.leaf == "experts" and name.parameter not in ("weight", "bias"))
 
 
-def _unstacked(source: Checkpoint, name: Name, info: TensorInfo, choose: _Choice, where: str) -> Iterator[Planned]:
+def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, where: str) -> Iterator[Planned]:
     """Experts [E, 2I, H] or [E, H, I] as per-expert gate, up and down; everything else is refused."""
     path = name.module if name.parameter == "weight" else name.full
     parent, _, leaf = path.rpartition(".")
@@ -232,7 +256,7 @@ def _check_patterns(items: list[Planned], options: Options, where: object) -> No
                 )
 
 
-def _check_names(items: list[Planned], source: Checkpoint) -> None:
+def _check_names(items: list[Planned], source: Source) -> None:
     counts = Counter(item.name.full for item in items)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -242,7 +266,7 @@ def _check_names(items: list[Planned], source: Checkpoint) -> None:
         )
 
 
-def _check_experts(items: list[Planned], source: Checkpoint) -> None:
+def _check_experts(items: list[Planned], source: Source) -> None:
     """Every routed expert of a layer is there, each with the same weights."""
     modules: defaultdict[str, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for item in items:
@@ -260,7 +284,7 @@ def _check_experts(items: list[Planned], source: Checkpoint) -> None:
                 )
 
 
-def _check_dtype(item: Planned, source: Checkpoint) -> None:
+def _check_dtype(item: Planned, source: Source) -> None:
     """Also of what stays as it is: low-precision weights without their scales mean nothing under another label."""
     if item.dtype not in (*QUANTIZABLE_DTYPES, "F64") or (item.dtype == "F64" and item.format):
         where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
@@ -270,7 +294,7 @@ def _check_dtype(item: Planned, source: Checkpoint) -> None:
         )
 
 
-def _check_shape(item: Planned, fmt: Format, source: Checkpoint) -> None:
+def _check_shape(item: Planned, fmt: Format, source: Source) -> None:
     where = f"{source.directory / source.tensors[item.source].file}: tensor {item.name.full}"
     block = fmt.block_columns
     if item.shape[1] % block or 0 in item.shape:

@@ -105,18 +105,32 @@ def weight_entries(
     return entries
 
 
-def weight_tensors(layout: Layout, module: str, q: QuantizedTensor, input_scale: float | None) -> dict[str, Tensor]:
-    """The tensors themselves, with the names, dtypes and shapes of `weight_entries`."""
+def weight_tensors(
+    layout: Layout,
+    module: str,
+    q: QuantizedTensor,
+    input_scale: float | Tensor | None,
+    encode_scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors themselves, with the names, dtypes and shapes of `weight_entries`.
+
+    input_scale: what multiplies, as a number; or float32 () as it is stored.
+    encode_scale: S_enc of q.amax, float32 (), where the caller has it already.
+    """
     names = weight_names(layout, q.format)
     tensors = {f"{module}.{names.elements}": q.packed, f"{module}.{names.block_scale}": q.block_scale}
     if isinstance(q.format, NVFP4):
         assert q.amax is not None
-        encode_scale, decode_scale = ops.tensor_scales(q.amax, q.format)
-        scale = encode_scale if names.divisors else decode_scale
+        assert q.tensor_scale is not None
+        scale = q.tensor_scale
+        if names.divisors:
+            scale = ops.tensor_scales(q.amax, q.format)[0] if encode_scale is None else encode_scale
         tensors[f"{module}.{names.tensor_scale}"] = scale.reshape(names.scalar_shape)
-        if input_scale is not None:
+        if isinstance(input_scale, float):
             value = 1.0 / input_scale if names.divisors else input_scale
-            tensors[f"{module}.{names.input_scale}"] = torch.full(names.scalar_shape, value, dtype=torch.float32)
+            input_scale = torch.full(names.scalar_shape, value, dtype=torch.float32)
+        if input_scale is not None:
+            tensors[f"{module}.{names.input_scale}"] = input_scale.reshape(names.scalar_shape)
     return tensors
 
 
