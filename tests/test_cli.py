@@ -355,3 +355,19 @@ def test_bad_recipes(tmp_path: Path, source: Path, options: tuple[str, ...], mes
     equal(done.exit_code, 2, done.output)
     true(message in done.stderr.replace("\n", " "), f"{message!r} is not in {done.stderr!r}")
     true(not (tmp_path / "out").exists(), "something was written")
+
+
+def test_verify_for_engines(tmp_path: Path) -> None:
+    """1 if an engine that was asked for would not load it; foreign checkpoints are read by it alone."""
+    source, out = models.dense(tied=True).save(tmp_path / "source"), tmp_path / "out"
+    succeeds("convert", source, out)
+    has(succeeds("verify", out, "--for", "vllm"), "vllm loads", "config.json: modelopt W4A16_NVFP4")
+    found = parsed("verify", out, "--for", "all", "--tp", 4, code=1)
+    equal({engine["engine"]: engine["outcome"] for engine in found["engines"]}["sglang"], "refuses")
+    done = cli("verify", out, "--for", "vllm", "--tp", 4)
+    equal(done.exit_code, 1, done.output)
+    has(done.stdout, "vllm refuses", "24 each, not a multiple of 16", "source: create_weights")
+    has(succeeds("verify", out, "--for", "vllm", "--source", source), "every byte is what its source gives")
+    for options, message in ((("--for", "tgi"), "no engine tgi"), (("--tp", 2), "together with --for")):
+        error = parsed("verify", out, *options, code=2)["error"]
+        has(error, message)

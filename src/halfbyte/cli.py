@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from .checkpoint.config import Activations, KVCache
 from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .cli_calibrate import calibrate
-from .cli_tools import Device, Json, emit, errors, escape, progress, status, usable_device, warn
+from .cli_tools import Device, Json, emit, errors, progress, status, usable_device, warn
+from .cli_verify import verify
 from .errors import FormatError
 from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
 from .policy import Only, Policy
@@ -164,48 +164,10 @@ def recipes(
                 print(text, end="")
 
 
-@app.command(epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json`")
-def verify(
-    out_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
-    source: Annotated[
-        str | None, typer.Option(help="The model it was made from: recompute it and compare every byte.")
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Prove a quantized checkpoint: exit code 0 if nothing is wrong with it, 1 if something is."""
-    from .checkpoint.hub import resolve
-    from .checkpoint.manifest import is_calibrated
-    from .checkpoint.recompute import verify_source
-    from .checkpoint.shards import Checkpoint
-    from .checkpoint.verify import Finding, verify_structure
-
-    with errors(as_json):
-        if not out_dir.is_dir():
-            raise FormatError(f"{out_dir}: no such directory")
-        total = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
-        with progress("structure", total) as advance:
-            findings: list[Finding] = list(verify_structure(out_dir, advance))
-        if source is not None:
-            source_path = resolve(source)
-            with progress("against source", Checkpoint(source_path).nbytes) as advance:
-                findings += verify_source(out_dir, source_path, usable_device(device), advance)
-    unique = list(dict.fromkeys(findings))
-    data = {"ok": not unique, "findings": [{"where": f.where, "what": f.what} for f in unique]}
-
-    def show(console: Console) -> None:
-        for finding in unique:
-            console.print(f"[red]✗[/] {escape(str(finding))}", highlight=False)
-        scope = "structure and digests (add --source to recompute)"
-        if source is not None:
-            scope = "every byte is what its source gives"
-            if is_calibrated(out_dir):
-                scope = "structure and digests; every calibrated weight is as near its source as it should be"
-        name = escape(str(out_dir))
-        console.print(f"{name}: {len(unique)} finding(s)" if unique else f"[green]✓[/] {name}: {scope}")
-
-    emit(as_json, lambda: data, show)
-    raise typer.Exit(1 if unique else 0)
+app.command(
+    epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json` · "
+    "`halfbyte verify nvidia/Qwen3-8B-NVFP4 --for vllm,sglang --tp 4` · `halfbyte verify out --for all`"
+)(verify)
 
 
 @app.command(epilog="Example: `halfbyte dequantize out decoded`")

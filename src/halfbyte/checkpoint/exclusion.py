@@ -58,6 +58,37 @@ def excluded_by_compressed_tensors(layer: str, members: tuple[str, ...], pattern
     return one(layer) or all(one(member) for member in members)
 
 
+def excluded_by_tensorrt_llm(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """A glob over the whole name of the layer, of any member, or of a module that they are in; `re:` likewise.
+
+    Source: TensorRT-LLM's `QuantConfig.is_module_excluded_from_quantization` and `apply_quant_config_exclude_modules`.
+    """
+
+    def one(name: str) -> bool:
+        parts = name.split(".")
+        paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(
+            re.fullmatch(p[3:], path) is not None if p.startswith("re:") else fnmatch.fnmatchcase(path, p)
+            for p in patterns
+            for path in paths
+        )
+
+    return any(one(name) for name in (layer, *members))
+
+
+def excluded_by_transformers(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """`modules_to_not_convert`: a regular expression from the start up to a module's end, or a suffix.
+
+    Source: transformers' `should_convert_module` (5.23).
+    """
+
+    def one(name: str) -> bool:
+        end = r"(?:(?<=\.)|(?=\.|$))"
+        return any(re.match(f"(?:{p}){end}", name) is not None or name.endswith(p) for p in patterns)
+
+    return one(layer) or all(one(member) for member in members)
+
+
 RULES: dict[Layout, dict[str, Rule]] = {
     "modelopt": {"vLLM": excluded_by_vllm_modelopt, "SGLang": excluded_by_sglang_modelopt},
     "compressed-tensors": {"compressed-tensors": excluded_by_compressed_tensors},
