@@ -1,6 +1,5 @@
 """Under torch.compile(fullgraph=True) every operation is one operator, and gives the same."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,9 @@ def amax(x: Tensor) -> Tensor:
 
 def parts(result: Any) -> list[Tensor]:
     """All tensors in what a call returned."""
-    if isinstance(result, Tensor):
+    if isinstance(result, Tensor) and not isinstance(result, hb.QuantizedTensor):
         return [result]
-    if dataclasses.is_dataclass(result):
+    if isinstance(result, hb.QuantizedTensor):
         result = [getattr(result, name) for name in ("packed", "block_scale", "tensor_scale", "amax")]
     return [tensor for part in result if part is not None for tensor in parts(part)]
 
