@@ -235,6 +235,21 @@ class QuantizedTensor(Tensor):
             inner.get("transposed"), dtype=dtype, shares_scale=shares_scale,
         )  # fmt: skip
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes for pickle, float8 as bytes: torch reads back no float8 storage that pickle itself wrote."""
+        state = dict(self.__dict__)
+        for name in ("packed", "block_scale"):
+            if state[name] is not None:
+                state[name] = state[name].view(torch.uint8)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse of `__getstate__`."""
+        self.__dict__.update(state)
+        if not lacks_rows(self):
+            name = "block_scale" if isinstance(self.format, NVFP4) else "packed"
+            setattr(self, name, getattr(self, name).view(torch.float8_e4m3fn))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedTensor(shape={tuple(self.shape)}, format={self.format}, device={self.device})"
 
