@@ -1,6 +1,5 @@
 """Under torch.compile(fullgraph=True) every operation is one operator, and gives the same."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,9 @@ def amax(x: Tensor) -> Tensor:
 
 def parts(result: Any) -> list[Tensor]:
     """All tensors in what a call returned."""
-    if isinstance(result, Tensor):
+    if isinstance(result, Tensor) and not isinstance(result, hb.QuantizedTensor):
         return [result]
-    if dataclasses.is_dataclass(result):
+    if isinstance(result, hb.QuantizedTensor):
         result = [getattr(result, name) for name in ("packed", "block_scale", "tensor_scale", "amax")]
     return [tensor for part in result if part is not None for tensor in parts(part)]
 
@@ -135,3 +134,61 @@ def test_results_that_share_memory_are_copied() -> None:
     first, second = custom._apart([whole[:2], whole[2:]])
     same_bits(second, torch.tensor([2.0, 3.0]))
     equal(first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr(), False)
+
+
+def halves(q: hb.QuantizedTensor) -> tuple[hb.QuantizedTensor, Tensor]:
+    return q[16:].clone(), q.view(2, 16, 64).dequantize(torch.bfloat16)
+
+
+QUANTIZED: dict[str, Callable[[Any], Any]] = {
+    "input": lambda q: q.dequantize(torch.float16),
+    "output": lambda q: q.detach(),
+    "views": lambda q: q[16:].dequantize() + q.view(32, 64).dequantize()[:16],
+    "both": halves,
+    "dtype": lambda q: q.to(torch.bfloat16),
+    "attributes": lambda q: q.amax * q.tensor_scale + q.packed.sum() + q.shape[0],
+}
+
+
+@pytest.mark.parametrize("fmt", [NV, hb.NVFP4(scaling="row"), hb.NVFP4(block=(16, 16))], ids=["tensor", "row", "16×16"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_tensor_goes_in_and_out(rng, name: str, fmt: hb.NVFP4) -> None:
+    q = hb.quantize(torch.randn(32, 64, generator=rng).bfloat16(), fmt)
+    got = torch.compile(QUANTIZED[name], fullgraph=True, backend="aot_eager")(q)
+    wanted = QUANTIZED[name](q)
+    for a, e in zip(parts(got), parts(wanted), strict=True):
+        same_bits(a, e, name)
+    if isinstance(got, hb.QuantizedTensor):
+        equal((got.format, got.dtype, got.shape), (wanted.format, wanted.dtype, wanted.shape))
+
+
+def test_transposed_goes_in_and_out(rng) -> None:
+    x = torch.randn(32, 64, generator=rng)
+
+    def join(x: Tensor) -> hb.QuantizedTensor:
+        rows, columns = hb.quantize_transpose(x, NV, RHT)
+        return rows.with_transposed(columns)
+
+    def swap(q: hb.QuantizedTensor) -> tuple[hb.QuantizedTensor, Tensor]:
+        return q.mT, q.mT.dequantize()
+
+    q = torch.compile(join, fullgraph=True, backend="aot_eager")(x)
+    swapped, decoded = torch.compile(swap, fullgraph=True, backend="aot_eager")(q)
+    for a, e in ((q.packed, swapped.transposed.packed), (q.transposed.packed, swapped.packed)):
+        same_bits(a, e)
+    same_bits(decoded, join(x).transposed.dequantize())
+
+
+def test_quantize_is_one_operator() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch.compile(CALLS["quantize"], fullgraph=True, backend=aot_autograd(fw_compiler=keep))(torch.ones(4, 32))
+    equal(
+        [[name for name in graph if "getitem" not in name] for graph in graphs], [["halfbyte.quantize_nvfp4.default"]]
+    )

@@ -67,13 +67,13 @@ def quantize(
             raise FormatError("MXFP8 has no tensor scale and rounds to nearest: leave amax, per_matrix and rng out")
         if importance is not None or hessian is not None:
             raise FormatError("MXFP8 has one rule for its scales: leave importance and hessian out")
-        q = QuantizedTensor(*ops.quantize_mxfp8(x, fmt, impl=impl), None, None, fmt)
+        q = QuantizedTensor(*ops.quantize_mxfp8(x, fmt, impl=impl), None, None, fmt, dtype=x.dtype)
     else:
         q = QuantizedTensor(
             *ops.quantize_nvfp4(
                 x, fmt, impl=impl, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block,
                 importance=importance, hessian=hessian,
-            ), fmt,
+            ), fmt, dtype=x.dtype,
         )  # fmt: skip
     return q.swizzle(per_matrix, impl=impl) if swizzle else q
 
@@ -120,7 +120,10 @@ def quantize_transpose(
             x, fmt, transposed_fmt, impl=impl, amax=amax, transposed_amax=transposed_amax, rng=rng,
             transposed_rng=transposed_rng,
         )  # fmt: skip
-        return QuantizedTensor(*rows, fmt), QuantizedTensor(*columns, transposed_fmt)
+        return (
+            QuantizedTensor(*rows, fmt, dtype=x.dtype),
+            QuantizedTensor(*columns, transposed_fmt, dtype=x.dtype),
+        )
     if x.dim() < 2:
         raise ShapeError(f"a matrix needs at least 2 dimensions; x has shape {tuple(x.shape)}: use x[None]")
     return (
@@ -163,7 +166,8 @@ def quantize_many(
         if amax is not None or shared_amax:
             raise FormatError("MXFP8 has no tensor scale: leave amax and shared_amax out")
         return [quantize(x, fmt, impl=impl) for x in xs]
-    return [QuantizedTensor(*q, fmt) for q in ops.quantize_many(xs, fmt, impl=impl, amax=amax, shared_amax=shared_amax)]
+    made = ops.quantize_many(xs, fmt, impl=impl, amax=amax, shared_amax=shared_amax)
+    return [QuantizedTensor(*q, fmt, dtype=x.dtype) for q, x in zip(made, xs, strict=True)]
 
 
 def fake_quantize(

@@ -11,7 +11,7 @@ ours: by Σ e² of the sixteen columns, which is what the output loses once late
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -189,4 +189,4 @@ def _assemble(
 def unstack(q: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:
     """The members of a stacked group, each with its own rows."""
     parts = zip(q.packed.split(rows), q.block_scale.split(rows), strict=True)
-    return [replace(q, packed=packed, block_scale=scale) for packed, scale in parts]
+    return [q.replace(packed=packed, block_scale=scale) for packed, scale in parts]

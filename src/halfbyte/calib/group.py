@@ -157,7 +157,7 @@ def nearest(weight: Tensor, fmt: NVFP4, amax: Tensor, hessian: Tensor | None) ->
     if fmt.error != "hessian":
         return quantize(weight, fmt, amax=amax)
     if hessian is None:
-        return replace(quantize(weight, replace(fmt, error="mse"), amax=amax), format=fmt)
+        return quantize(weight, replace(fmt, error="mse"), amax=amax).replace(format=fmt)
     return quantize(weight, fmt, amax=amax, hessian=diagonal_blocks(hessian))
 
 

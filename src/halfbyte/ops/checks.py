@@ -17,6 +17,10 @@ def check_input(x: Tensor, fmt: Format, name: str = "x") -> None:
     """Raise ShapeError unless x is a float tensor whose last dimension fmt divides into blocks."""
     if not isinstance(x, Tensor):
         raise ShapeError(f"{name} is {type(x).__name__}; quantize takes a torch.Tensor: use torch.as_tensor({name})")
+    if type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__"):  # around other tensors, without memory itself
+        raise ShapeError(
+            f"{name} is {type(x).__name__}; quantize takes plain tensors: use {name}.dequantize(), or .to_local()"
+        )
     if x.dtype not in FLOAT_DTYPES:
         raise ShapeError(f"{name} is {x.dtype}; quantize takes float32, bfloat16 or float16: convert it first")
     if x.dim() < 1:

@@ -14,7 +14,6 @@ from .elements import BFLOAT16, FLOAT16, FLOAT32, gather_floats, hadamard, load_
 from .vector import load, store, transpose
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-_ALIASES = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 _ARRAYS = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
@@ -70,8 +69,16 @@ def memory(x: Tensor) -> Any:
             1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
         )
         x = x.as_strided((span,), (1,))
-    alias = _ALIASES.get(x.dtype)
-    return (x if alias is None else x.view(alias)).numpy().reshape(-1)
+    return np.asarray(_Memory(x))
+
+
+class _Memory:
+    """A contiguous tensor as numpy takes it. Tensor.numpy() would fix its storage's size, which FSDP2 has to change."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.owner = x  # lives as long as the array
+        kind = np.dtype(_ARRAYS[x.dtype]).str
+        self.__array_interface__ = {"version": 3, "shape": (x.numel(),), "typestr": kind, "data": (x.data_ptr(), False)}
 
 
 _allocate = np.empty  # by a name that tests replace, to see what is not written
@@ -84,7 +91,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
     """
     array = _allocate(shape, _ARRAYS[dtype])
     tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if dtype in _ALIASES else tensor, array.reshape(-1)
+    return tensor if dtype == tensor.dtype else tensor.view(dtype), array.reshape(-1)
 
 
 def rows_of(shape: torch.Size) -> int:
