@@ -20,6 +20,7 @@ from ..numerics.swizzle import swizzled_size
 from . import custom
 from .backends import Impl, backend, pick
 from .checks import FLOAT_DTYPES, check_amax, check_error_weights, check_input, check_rounding, check_scale
+from .matmul import scaled_grouped_matmul, scaled_matmul
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -33,6 +34,8 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "quantize_transpose",
+    "scaled_grouped_matmul",
+    "scaled_matmul",
     "swizzle",
     "tensor_scales",
     "unswizzle",

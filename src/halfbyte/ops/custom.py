@@ -206,3 +206,69 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
 @unswizzle.register_fake
 def _(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
     return swizzled.new_empty((*swizzled.shape[:-1], rows, columns))
+
+
+@torch.library.custom_op("halfbyte::scaled_matmul", mutates_args=())
+def scaled_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    """`ops.scaled_matmul`."""
+    from .matmul import run
+
+    return run(impl)(a, b, a_scale, b_scale, bias=bias, out_dtype=out_dtype, accumulate_into=None)
+
+
+@scaled_matmul.register_fake
+def _(a: Tensor, b: Tensor, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::scaled_matmul_accumulate", mutates_args=("accumulate_into",))
+def scaled_matmul_accumulate(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    accumulate_into: Tensor,
+    impl: str,
+) -> None:
+    """`ops.scaled_matmul` with accumulate_into."""
+    from .matmul import run
+
+    run(impl)(a, b, a_scale, b_scale, bias=bias, out_dtype=torch.float32, accumulate_into=accumulate_into)
+
+
+@scaled_matmul_accumulate.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("halfbyte::scaled_grouped_matmul", mutates_args=())
+def scaled_grouped_matmul(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    """`ops.scaled_grouped_matmul`."""
+    from .matmul import run_grouped
+
+    return run_grouped(impl)(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype)
+
+
+@scaled_grouped_matmul.register_fake
+def _(
+    a: Tensor, b: Tensor, offsets: Any, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
