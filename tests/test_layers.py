@@ -23,6 +23,7 @@ ALLOWED = {
     "ops": BASE | {"numerics", "kernels"},
     "tensor": BASE | {"ops"},
     "functional": BASE | {"ops", "tensor"},
+    "linear": BASE | {"ops", "tensor"},
     "names": set(),
     "version": set(),
     "policy": BASE | {"names"},

@@ -41,3 +41,10 @@ def native_level(device: torch.device) -> int:
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return 2 if _capability(index) >= (8, 9) else 1
+
+
+def has_fp4_matmul(device: torch.device) -> bool:
+    """Whether torch's scaled matmul multiplies NVFP4 here: an NVIDIA GPU from sm_100 on, and torch from 2.10 on."""
+    if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch.nn.functional, "scaled_mm"):
+        return False
+    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (10, 0)

@@ -20,15 +20,17 @@ from ..numerics.swizzle import swizzled_size
 from . import custom
 from .backends import Impl, backend, pick
 from .checks import FLOAT_DTYPES, check_amax, check_error_weights, check_input, check_rounding, check_scale
-from .matmul import scaled_grouped_matmul, scaled_matmul
+from .matmul import block_scaled_matmul, has_block_scaled_matmul, scaled_grouped_matmul, scaled_matmul
 
 __all__ = [
     "FLOAT_DTYPES",
     "Encoded",
     "Impl",
+    "block_scaled_matmul",
     "dequantize_mxfp8",
     "dequantize_nvfp4",
     "fake_quantize",
+    "has_block_scaled_matmul",
     "pick",
     "quantize_many",
     "quantize_mxfp8",
@@ -37,6 +39,7 @@ __all__ = [
     "scaled_grouped_matmul",
     "scaled_matmul",
     "swizzle",
+    "swizzled_size",
     "tensor_scales",
     "unswizzle",
 ]

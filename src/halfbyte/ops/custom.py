@@ -272,3 +272,52 @@ def _(
     a: Tensor, b: Tensor, offsets: Any, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::block_scaled_matmul", mutates_args=())
+def block_scaled_matmul(
+    a: Tensor,
+    a_block_scale: Tensor,
+    b: Tensor,
+    b_block_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`ops.block_scaled_matmul`."""
+    from .matmul import run_block_scaled
+
+    operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
+    return run_block_scaled()(*operands, bias=bias, out_dtype=out_dtype, accumulate_into=None)
+
+
+@block_scaled_matmul.register_fake
+def _(
+    a: Tensor, a_block_scale: Any, b: Tensor, b_block_scale: Any, a_scale: Any, b_scale: Any, bias: Any,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::block_scaled_matmul_accumulate", mutates_args=("accumulate_into",))
+def block_scaled_matmul_accumulate(
+    a: Tensor,
+    a_block_scale: Tensor,
+    b: Tensor,
+    b_block_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    accumulate_into: Tensor,
+) -> None:
+    """`ops.block_scaled_matmul` with accumulate_into."""
+    from .matmul import run_block_scaled
+
+    operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
+    run_block_scaled()(*operands, bias=bias, out_dtype=torch.float32, accumulate_into=accumulate_into)
+
+
+@block_scaled_matmul_accumulate.register_fake
+def _(*_: Any) -> None:
+    return None

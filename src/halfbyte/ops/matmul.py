@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import FormatError, ShapeError
 from ..numerics import matmul as reference
+from ..numerics.swizzle import swizzled_size
 from . import custom
 from .backends import pick
 from .checks import FLOAT_DTYPES
@@ -104,7 +105,7 @@ def scaled_grouped_matmul(
         ShapeError, FormatError, UnsupportedError: as `scaled_matmul`.
 
     Numerics: as `scaled_matmul`, but that on a GPU torch's grouped matmul rounds the sums to bfloat16, its only output,
-    before they are scaled: one more rounding, 2^-9 of the sum.
+    before they are scaled: one more rounding, of at most 2^-8 of the sum.
     """
     a, b = _operand(a, "a"), _operand(b, "b", 3)
     if b.dtype != a.dtype or b.device != a.device or a.shape[1] != b.shape[2]:
@@ -125,6 +126,61 @@ def scaled_grouped_matmul(
     return run_grouped(name)(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype)
 
 
+def has_block_scaled_matmul(device: torch.device, rows: int, columns: int, k: int) -> bool:
+    """Whether `block_scaled_matmul` of these sizes runs on this device, without decoding."""
+    if device.type != "cuda" or pick("auto", device) != "triton":
+        return False
+    from ..kernels import block_scaled
+
+    return block_scaled.supports(device, rows, columns, k)
+
+
+def block_scaled_matmul(
+    a: Tensor,
+    a_block_scale: Tensor,
+    b: Tensor,
+    b_block_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate_into: Tensor | None = None,
+) -> Tensor:
+    """`scaled_matmul` of codes with swizzled block scales, on tensor cores that take them: no q·s is made.
+
+    Args:
+        a: (M, K/2) uint8, NVFP4's packed codes; or (M, K) float8_e4m3fn, MXFP8's elements.
+        a_block_scale: one byte each, 1-D, as `swizzle` gives them for a's rows as one matrix.
+        b: (N, K/2) or (N, K), as a. b_block_scale: as a's.
+        a_scale, b_scale, bias, out_dtype, accumulate_into: as in `scaled_matmul`.
+
+    Raises:
+        ShapeError: as `scaled_matmul`.
+    """
+    if a.dtype != b.dtype or a.dtype not in (torch.uint8, torch.float8_e4m3fn) or a.shape[1:] != b.shape[1:]:
+        raise ShapeError(f"a is {_spell(a)}, b {_spell(b)}; needs codes of one format: uint8 or float8_e4m3fn, 2-D")
+    rows, columns = a.shape[0], b.shape[0]
+    blocks = a.shape[1] // (8 if a.dtype == torch.uint8 else 32)
+    for name, scale, along in (("a_block_scale", a_block_scale, rows), ("b_block_scale", b_block_scale, columns)):
+        if tuple(scale.shape) != (swizzled_size(along, blocks),) or scale.element_size() != 1:
+            raise ShapeError(f"{name} is {_spell(scale)}; needs {swizzled_size(along, blocks)} bytes from swizzle")
+    a, b = a.contiguous(), b.contiguous()
+    a_scale = _scale(a_scale, "a_scale", a, ((), (rows,)), "() or a's rows (M,)")
+    b_scale = _scale(b_scale, "b_scale", a, ((), (columns,)), "() or b's rows (N,)")
+    bias = _bias(bias, a, (columns,))
+    _check_out_dtype(out_dtype)
+    if accumulate_into is not None:
+        _check_buffer(accumulate_into, a, (rows, columns))
+    operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
+    if torch.compiler.is_compiling():
+        if accumulate_into is None:
+            return custom.block_scaled_matmul(*operands, bias, out_dtype)  # type: ignore[no-any-return]
+        custom.block_scaled_matmul_accumulate(*operands, bias, accumulate_into)
+        return accumulate_into
+    return run_block_scaled()(*operands, bias=bias, out_dtype=out_dtype, accumulate_into=accumulate_into)
+
+
 @functools.cache
 def run(name: str) -> Callable[..., Tensor]:
     """`scaled_matmul` of that implementation, without its checks."""
@@ -143,6 +199,14 @@ def run_grouped(name: str) -> Callable[..., Tensor]:
 
         return _without_autocast(epilogue.scaled_grouped_matmul)
     return _without_autocast(functools.partial(_plain_grouped, torch.float32 if name == "cpu" else torch.float64))
+
+
+@functools.cache
+def run_block_scaled() -> Callable[..., Tensor]:
+    """`block_scaled_matmul` without its checks."""
+    from ..kernels import block_scaled
+
+    return _without_autocast(block_scaled.block_scaled_matmul)
 
 
 def _without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
