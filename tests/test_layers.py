@@ -30,6 +30,7 @@ ALLOWED = {
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
     "recipe": BASE | {"policy", "names", "checkpoint"},
     "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint", "recipe"},
+    "nn": BASE | {"ops", "policy", "names", "recipe"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

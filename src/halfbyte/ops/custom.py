@@ -19,6 +19,7 @@ from ..numerics.swizzle import swizzled_size
 from .backends import backend
 
 Words = tuple[int, int] | None
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def spell(fmt: NVFP4) -> str:
@@ -172,6 +173,29 @@ def _(
     x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any
 ) -> list[Tensor]:
     return [*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True)]
+
+
+@torch.library.custom_op("halfbyte::quantize_gradient", mutates_args=("state",))
+def quantize_gradient(
+    x: Tensor,
+    amax: Tensor | None,
+    transposed_amax: Tensor | None,
+    fmt: str,
+    transposed_fmt: str,
+    state: Tensor,
+    impl: str,
+) -> Eight:
+    """`ops.gradient.quantize_gradient`, its eight tensors in a row: a list may not come from what mutates."""
+    from .gradient import run as run_gradient
+
+    formats = _read(fmt), _read(transposed_fmt)
+    parts = run_gradient(x, *formats, state, amax=amax, transposed_amax=transposed_amax, impl=impl)
+    return tuple(_apart(parts))  # type: ignore[return-value]
+
+
+@quantize_gradient.register_fake
+def _(x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any) -> Eight:
+    return (*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True))
 
 
 @torch.library.custom_op("halfbyte::quantize_many", mutates_args=())
