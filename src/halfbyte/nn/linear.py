@@ -105,7 +105,7 @@ class Linear(nn.Linear):
             x.reshape(-1, self.in_features), self.weight, self.bias, *weight.operand, *encoded, weight.amax, main_grad,
             q.state, q.layer, q.groups,
         )  # fmt: skip
-        result: Tensor = y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+        result: Tensor = y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
         return result
 
     def quantized_weight(self) -> Weight:
