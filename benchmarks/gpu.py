@@ -12,6 +12,7 @@ from triton.testing import do_bench
 
 import compiled
 import halfbyte as hb
+from halfbyte import ops
 from halfbyte.numerics import mxfp8, nvfp4, swizzle
 from registry import Build, Call, Case, Shape, Table
 
@@ -23,6 +24,7 @@ SHAPES = [(8192, 8192), (16384, 16384), (64, 4096), (1, 8192)]
 EXPERTS = (128, 1536, 2048)
 OUT = 2 + 0.5625  # bytes per element: bf16 on one side, NVFP4 on the other
 COMPILED = "torch.compile"
+MATMUL, SQUARE_MATMUL = "torch bf16 matmul", (8192, 8192)
 
 
 # --- gate -----------------------------------------------------------------------------------------------------------
@@ -87,12 +89,28 @@ def gate(full: bool) -> int:
             compared += check(f"fake_quantize of {name}", (hb.fake_quantize(x, PLAIN),), (wanted,))
             scale = rows.block_scale
             compared += check(f"swizzle of {name}", (hb.swizzle(scale),), (swizzle.swizzle(scale),))
+    compared += gate_matmul(g)
     patterns = torch.arange(65536, device="cuda", dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for value in (1e-30, 0.37, 6.0, 3e5, 3e38):
         x = torch.where(patterns.isfinite(), patterns, 0.0)[torch.randperm(65536, device="cuda")].view(-1, 16)
         amax = torch.tensor(value, device="cuda")
         wanted = nvfp4.quantize(x, PLAIN, amax=amax)
         compared += check(f"a bfloat16 pattern at amax {value}", parts(hb.quantize(x, PLAIN, amax=amax)), wanted)
+    return compared
+
+
+def gate_matmul(g: torch.Generator) -> int:
+    """Every element of linear within (K + 2)·2^-24·Σ|x·w|, and one rounding to bf16, of float64."""
+    compared = 0
+    for fmt in (PLAIN, ROW):
+        x, w = (torch.randn((rows, 1056), generator=g, device="cuda") for rows in (515, 768))
+        xq, wq = hb.quantize(x, fmt), hb.quantize(w, fmt)
+        xv, wv = (q.dequantize(unscaled=True).double() * q.tensor_scale.double().reshape(-1, 1) for q in (xq, wq))
+        exact, magnitude = xv @ wv.mT, xv.abs() @ wv.abs().mT
+        bound = (x.shape[1] + 2) * 2.0**-24 * magnitude + 2.0**-8 * exact.abs()
+        if not bool(((hb.linear(xq, wq).double() - exact).abs() <= bound).all()):
+            raise SystemExit(f"linear of {fmt} is beyond its budget; nothing was timed")
+        compared += exact.numel()
     return compared
 
 
@@ -140,6 +158,25 @@ def faking(shape: Shape) -> Call:
     return lambda: hb.fake_quantize(x, PLAIN, amax=amax)
 
 
+def multiplying(fmt: hb.NVFP4, accumulate: bool = False) -> Build:
+    """q·s values, as a training step has them, times their like: (M, K) · (K, K)ᵀ."""
+
+    def build(shape: Shape) -> Call:
+        x, _ = inputs(shape)
+        a, a_scale = hb.fake_quantize_unscaled(x, fmt)
+        b, b_scale = hb.fake_quantize_unscaled(x.flip(0)[: shape[1]], PLAIN)
+        buffer = torch.zeros((len(a), len(b)), device="cuda") if accumulate else None
+        return lambda: ops.scaled_matmul(a, b, a_scale, b_scale, accumulate_into=buffer)
+
+    return build
+
+
+def bf16_matmul(shape: Shape) -> Call:
+    x, _ = inputs(shape)
+    w = x.flip(0)[: shape[1]].contiguous()
+    return lambda: x @ w.mT
+
+
 def swizzling(shape: Shape) -> Call:
     scale = hb.quantize(inputs(shape)[0], PLAIN).block_scale
     return lambda: hb.swizzle(scale)
@@ -167,6 +204,7 @@ def compiling(function: Callable[..., Any], given: bool) -> Mapping[str, Build]:
 
 def cases() -> list[Case]:
     times = f"{COMPILED} computed", 2.5
+    matmuls = {MATMUL: bf16_matmul}
     return [
         Case("quantize, amax given", OUT, quantizing(PLAIN, True), 0.85, compiling(compiled.given, True)),
         Case("quantize, amax computed", OUT, quantizing(PLAIN), 0.46, compiling(compiled.computed, False), times),
@@ -182,6 +220,9 @@ def cases() -> list[Case]:
         Case("rowwise + transposed Hadamard", OUT + 0.5625, transposing(HADAMARD, True), rows_multiple=16),
         Case("fake quantize, amax given", 4, faking),
         Case("dequantize to bf16", OUT, decoding(PLAIN), 0.85),
+        Case("matmul of q·s, row-scaled", 6, multiplying(ROW), None, matmuls, (MATMUL, 0.95), shape=SQUARE_MATMUL),
+        Case("matmul of q·s, tensor-scaled", 6, multiplying(PLAIN), None, matmuls, (MATMUL, 0.95), shape=SQUARE_MATMUL),
+        Case("matmul of q·s, accumulating", 12, multiplying(PLAIN, True), None, matmuls, shape=SQUARE_MATMUL),
         Case("MXFP8 quantize", 3 + 1 / 32, quantizing(MX), 0.85),
         Case("MXFP8 dequantize to bf16", 3 + 1 / 32, decoding(MX), 0.85),
         Case("swizzle block scales", 0.125, swizzling),

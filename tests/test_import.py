@@ -24,6 +24,8 @@ PUBLIC = [  # in the order that ruff sorts it (RUF022)
     "__version__",
     "fake_quantize",
     "fake_quantize_unscaled",
+    "grouped_linear",
+    "linear",
     "load",
     "quantize",
     "quantize_many",

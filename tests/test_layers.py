@@ -23,12 +23,14 @@ ALLOWED = {
     "ops": BASE | {"numerics", "kernels"},
     "tensor": BASE | {"ops"},
     "functional": BASE | {"ops", "tensor"},
+    "linear": BASE | {"ops", "tensor"},
     "names": set(),
     "version": set(),
     "policy": BASE | {"names"},
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
     "recipe": BASE | {"policy", "names", "checkpoint"},
     "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint", "recipe"},
+    "nn": BASE | {"ops", "policy", "names", "recipe"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

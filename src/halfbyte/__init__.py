@@ -16,6 +16,7 @@ from .functional import (
     swizzle,
     unswizzle,
 )
+from .linear import grouped_linear, linear
 from .policy import Policy
 from .tensor import QuantizedTensor
 from .version import __version__
@@ -36,6 +37,8 @@ __all__ = [
     "__version__",
     "fake_quantize",
     "fake_quantize_unscaled",
+    "grouped_linear",
+    "linear",
     "load",
     "quantize",
     "quantize_many",

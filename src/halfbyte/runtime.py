@@ -1,8 +1,9 @@
-"""load(): a runnable transformers model from a quantized checkpoint, on any machine."""
+"""load(): a runnable transformers model from a quantized checkpoint, on any machine; export(): the way back."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import names
+from .checkpoint.convert import Report, convert
 from .checkpoint.dequantize import decode
+from .checkpoint.options import Options
 from .checkpoint.plan import decoder_layers
 from .checkpoint.schema import SCALE_PARAMETERS, weight_names
+from .checkpoint.shards import copy_companions
 from .checkpoint.verify import Contents, open_quantized
 from .errors import CheckpointError, HalfbyteError, UnsupportedError
 from .formats import MXFP8, NVFP4
@@ -86,6 +90,46 @@ def load(
         _quantize_inputs(model, contents, activations == "row")
     runnable: nn.Module = model.to(device).eval()
     return runnable
+
+
+def export(
+    model: nn.Module,
+    source: str | Path,
+    output: str | Path,
+    options: Options,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Write a trained transformers model as a quantized checkpoint, by the same writer as `halfbyte convert`.
+
+    The weights are those of the model's parameters, quantized once: with `TrainingRecipe.options()`, and parameters of
+    the dtype that is written, the bytes that training computed with.
+
+    Args:
+        model: a transformers model, converted by `halfbyte.nn.convert` or not; it stays as it is.
+        source: the directory that it was loaded from: its tokenizer and whatever else is beside the weights is copied.
+        output: a new directory.
+        options: what to write, such as `recipe.options("compressed-tensors")`.
+        dtype: what parameters are cast to first; their own by default.
+        device: where weights are quantized.
+
+    Raises:
+        CheckpointError: as `checkpoint.convert`; also where model cannot be saved, or source is no directory.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such directory; give the one that the model was loaded from")
+    if not hasattr(model, "save_pretrained"):
+        raise CheckpointError(f"{type(model).__name__}: has no save_pretrained; export takes a transformers model")
+    saved: Any = model
+    with tempfile.TemporaryDirectory(prefix="halfbyte-export-", dir=output.absolute().parent) as temporary:
+        state = {name: tensor.detach() for name, tensor in saved.state_dict().items()}
+        if dtype is not None:
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        saved.save_pretrained(temporary, state_dict=state)
+        copy_companions(source, Path(temporary))
+        return convert(Path(temporary), output, options, device=device)
 
 
 def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:

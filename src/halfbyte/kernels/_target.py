@@ -48,3 +48,10 @@ def native_level(device: torch.device) -> int:
 def has_fp4_conversion(capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability has cvt.rn.satfinite.e2m1x2.f32: the families of sm_100 and sm_120."""
     return capability[0] in (10, 12)
+
+
+def has_fp4_matmul(device: torch.device) -> bool:
+    """Whether torch's scaled matmul multiplies NVFP4 here: an NVIDIA GPU from sm_100 on, and torch from 2.10 on."""
+    if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch.nn.functional, "scaled_mm"):
+        return False
+    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (10, 0)

@@ -28,20 +28,26 @@ from .checks import (
     check_rounding,
     check_scale,
 )
+from .matmul import block_scaled_matmul, has_block_scaled_matmul, scaled_grouped_matmul, scaled_matmul
 
 __all__ = [
     "FLOAT_DTYPES",
     "Encoded",
     "Impl",
+    "block_scaled_matmul",
     "dequantize_mxfp8",
     "dequantize_nvfp4",
     "fake_quantize",
+    "has_block_scaled_matmul",
     "pick",
     "quantize_many",
     "quantize_mxfp8",
     "quantize_nvfp4",
     "quantize_transpose",
+    "scaled_grouped_matmul",
+    "scaled_matmul",
     "swizzle",
+    "swizzled_size",
     "tensor_scales",
     "unswizzle",
 ]

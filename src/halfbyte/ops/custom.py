@@ -19,6 +19,7 @@ from ..numerics.swizzle import swizzled_size
 from .backends import backend
 
 Words = tuple[int, int] | None
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def spell(fmt: NVFP4) -> str:
@@ -174,6 +175,29 @@ def _(
     return [*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True)]
 
 
+@torch.library.custom_op("halfbyte::quantize_gradient", mutates_args=("state",))
+def quantize_gradient(
+    x: Tensor,
+    amax: Tensor | None,
+    transposed_amax: Tensor | None,
+    fmt: str,
+    transposed_fmt: str,
+    state: Tensor,
+    impl: str,
+) -> Eight:
+    """`ops.gradient.quantize_gradient`, its eight tensors in a row: a list may not come from what mutates."""
+    from .gradient import run as run_gradient
+
+    formats = _read(fmt), _read(transposed_fmt)
+    parts = run_gradient(x, *formats, state, amax=amax, transposed_amax=transposed_amax, impl=impl)
+    return tuple(_apart(parts))  # type: ignore[return-value]
+
+
+@quantize_gradient.register_fake
+def _(x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any) -> Eight:
+    return (*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True))
+
+
 @torch.library.custom_op("halfbyte::quantize_many", mutates_args=())
 def quantize_many(xs: Sequence[Tensor], amax: Tensor | None, fmt: str, shared_amax: bool, impl: str) -> list[Tensor]:
     """`ops.quantize_many`, its tensors in a row, four for each."""
@@ -206,3 +230,118 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
 @unswizzle.register_fake
 def _(swizzled: Tensor, rows: int, columns: int, impl: str) -> Tensor:
     return swizzled.new_empty((*swizzled.shape[:-1], rows, columns))
+
+
+@torch.library.custom_op("halfbyte::scaled_matmul", mutates_args=())
+def scaled_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    """`ops.scaled_matmul`."""
+    from .matmul import run
+
+    return run(impl)(a, b, a_scale, b_scale, bias=bias, out_dtype=out_dtype, accumulate_into=None)
+
+
+@scaled_matmul.register_fake
+def _(a: Tensor, b: Tensor, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::scaled_matmul_accumulate", mutates_args=("accumulate_into",))
+def scaled_matmul_accumulate(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    accumulate_into: Tensor,
+    impl: str,
+) -> None:
+    """`ops.scaled_matmul` with accumulate_into."""
+    from .matmul import run
+
+    run(impl)(a, b, a_scale, b_scale, bias=bias, out_dtype=torch.float32, accumulate_into=accumulate_into)
+
+
+@scaled_matmul_accumulate.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("halfbyte::scaled_grouped_matmul", mutates_args=())
+def scaled_grouped_matmul(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    """`ops.scaled_grouped_matmul`."""
+    from .matmul import run_grouped
+
+    return run_grouped(impl)(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype)
+
+
+@scaled_grouped_matmul.register_fake
+def _(
+    a: Tensor, b: Tensor, offsets: Any, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::block_scaled_matmul", mutates_args=())
+def block_scaled_matmul(
+    a: Tensor,
+    a_block_scale: Tensor,
+    b: Tensor,
+    b_block_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`ops.block_scaled_matmul`."""
+    from .matmul import run_block_scaled
+
+    operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
+    return run_block_scaled()(*operands, bias=bias, out_dtype=out_dtype, accumulate_into=None)
+
+
+@block_scaled_matmul.register_fake
+def _(
+    a: Tensor, a_block_scale: Any, b: Tensor, b_block_scale: Any, a_scale: Any, b_scale: Any, bias: Any,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::block_scaled_matmul_accumulate", mutates_args=("accumulate_into",))
+def block_scaled_matmul_accumulate(
+    a: Tensor,
+    a_block_scale: Tensor,
+    b: Tensor,
+    b_block_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    accumulate_into: Tensor,
+) -> None:
+    """`ops.block_scaled_matmul` with accumulate_into."""
+    from .matmul import run_block_scaled
+
+    operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
+    run_block_scaled()(*operands, bias=bias, out_dtype=torch.float32, accumulate_into=accumulate_into)
+
+
+@block_scaled_matmul_accumulate.register_fake
+def _(*_: Any) -> None:
+    return None

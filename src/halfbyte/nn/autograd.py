@@ -1,0 +1,187 @@
+"""The one autograd function: y = x·wᵀ + bias with what a `LayerRecipe` says of x, w and their gradients.
+
+    forward           y = x̂·ŵᵀ + bias             x̂ = Q(x), ŵ = Q(w); q·s multiplied in bf16, exactly
+    quantized         dx = Q(dy)·ŵ₂               ŵ₂ᵀ = Q(wᵀ); with 16×16 blocks ŵ₂ = ŵ
+                      dw = Q(H·dy)ᵀ·Q(H·x)        quantized along the tokens; H is the Hadamard transform, or nothing
+    high_precision    dx = dy·w, dw = dyᵀ·x       of the originals, which are saved
+    dequantized       dx = dy·ŵ, dw = dyᵀ·x̂       decoded, each rounded once to dy's dtype; 4-bit data is saved
+
+Given up: a backward that is differentiable itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import NVFP4
+from ..ops.matmul import scaled_matmul
+from ..recipe.training import LayerRecipe
+from .operands import (
+    AmaxGroups,
+    Encoded,
+    Operand,
+    decode,
+    encode,
+    encode_gradient,
+    encode_transposed,
+    fake,
+    first_rows,
+    shared_amax,
+    unscaled,
+)
+
+
+class Weight(NamedTuple):
+    """A weight as the forward pass multiplies it.
+
+    Attributes:
+        operand: q·s and the tensor scale.
+        encoded: what "dequantized" saves; None where operand itself is kept for other reasons, and saved instead.
+        amax: the maximum that it was quantized with, where that is not its own.
+    """
+
+    operand: Operand
+    encoded: Encoded | None
+    amax: Tensor | None
+
+
+def quantize_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None, keep: bool) -> Weight:
+    """weight (N, K) quantized once; keep: the result outlives the step's forward pass."""
+    if layer.weights is None:
+        return Weight(Operand(weight, None), None, None)
+    if layer.backward == "dequantized" and not keep:
+        encoded = encode(weight, layer.weights, amax)
+        return Weight(unscaled(encoded, layer.weights), encoded, amax)
+    return Weight(fake(weight, layer.weights, amax), None, amax)
+
+
+class QuantizedLinear(torch.autograd.Function):
+    """See above. apply(x (M, K), weight (N, K), bias, *weight's parts, main_grad, state, layer, groups) → (M, N)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        scale: Tensor | None,
+        packed: Tensor | None,
+        block_scale: Tensor | None,
+        weight_amax: Tensor | None,
+        main_grad: Tensor | None,
+        state: Tensor,
+        layer: LayerRecipe,
+        groups: AmaxGroups,
+    ) -> Tensor:
+        """Compute y and save what the recipe's backward needs, for those inputs that need a gradient."""
+        needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        saved: list[Tensor | None] = []
+        kept = x  # of x, for wgrad
+        if layer.activations is None:
+            x_operand = Operand(x, None)
+        elif layer.backward == "quantized" and needs_weight:
+            rows, columns = encode_transposed(
+                x, layer.activations, layer.wgrad_activations, layer.token_block, groups.activations
+            )
+            x_operand = first_rows(unscaled(rows, layer.activations), x.shape[0])
+            saved = list(columns)
+        else:
+            amax = shared_amax(x, layer.activations, groups.activations)
+            if layer.backward == "dequantized" and needs_weight:
+                encoded = encode(x, layer.activations, amax)
+                x_operand, saved = unscaled(encoded, layer.activations), list(encoded)
+            else:
+                x_operand = fake(x, layer.activations, amax)
+        y = _forward_matmul(x_operand, Operand(values, scale), bias, x.dtype)
+        if needs_weight and not saved:
+            saved = [kept, None, None]
+        saved = saved if needs_weight else [None, None, None]
+        if not needs_x:
+            of_weight: list[Tensor | None] = [None] * 3
+        elif layer.backward != "dequantized" or layer.weights is None:
+            of_weight = [weight, None, None]
+        elif packed is not None:
+            of_weight = [packed, block_scale, scale]
+        else:
+            of_weight = [values, None, scale]
+        ctx.save_for_backward(*saved, *of_weight, weight_amax)
+        ctx.main_grad, ctx.state = main_grad, state  # not saved: both are written to, between forward and backward too
+        ctx.layer, ctx.groups = layer, groups
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """Gradients of x, weight and bias."""
+        *saved, weight_amax = ctx.saved_tensors
+        main_grad, state = ctx.main_grad, ctx.state
+        of_x, of_weight = saved[:3], saved[3:]
+        layer, groups = ctx.layer, ctx.groups
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = None
+        if layer.backward == "quantized" and (needs_x or needs_weight):
+            rows, columns = encode_gradient(
+                dy, layer.gradients, layer.wgrad_gradients, layer.token_block, groups.gradients, state
+            )
+            if needs_x:
+                g = first_rows(unscaled(rows, layer.gradients), dy.shape[0])
+                w = _dgrad_weight(of_weight[0], layer, weight_amax, groups)
+                dx = scaled_matmul(g.values, w.values, g.scale, w.scale, out_dtype=dy.dtype)
+            if needs_weight:
+                g = unscaled(columns, layer.wgrad_gradients)
+                x = unscaled(Encoded(*of_x), layer.wgrad_activations)
+                dw = _wgrad(g, x, ctx.weight_dtype, main_grad)
+        else:
+            if needs_x:
+                dx = dy @ _original_or_decoded(of_weight, layer.weights, dy.dtype)
+            if needs_weight:
+                x_seen = _original_or_decoded(of_x, layer.activations, dy.dtype)
+                if main_grad is None:
+                    dw = (dy.mT @ x_seen).to(ctx.weight_dtype)
+                else:
+                    dw = _wgrad(Operand(dy.mT, None), Operand(x_seen.mT, None), ctx.weight_dtype, main_grad)
+        db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
+        return dx, dw, db, *(None,) * 9
+
+
+def _forward_matmul(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Operands of one dtype: both q·s in bf16, or, where one is not quantized, the wider of the two."""
+    a, b = x.values, w.values
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    return scaled_matmul(a, b, x.scale, w.scale, bias=bias, out_dtype=out_dtype)
+
+
+def _dgrad_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None, groups: AmaxGroups) -> Operand:
+    """ŵ₂ᵀ (K, N): with 16×16 blocks ŵᵀ, else wᵀ quantized by itself."""
+    fmt = layer.weights
+    assert fmt is not None  # checked when the recipe was built
+    if isinstance(fmt, NVFP4) and fmt.block == (16, 16):
+        values, scale = fake(weight, fmt, amax)
+        return Operand(values.mT, scale)
+    if amax is not None and amax.dim():  # of w's rows; wᵀ has others
+        amax = shared_amax(weight.mT, fmt, groups.weights)
+    return fake(weight.mT, fmt, amax)
+
+
+def _original_or_decoded(saved: list[Tensor | None], fmt: Any, dtype: torch.dtype) -> Tensor:
+    data, block_scale, tensor_scale = saved
+    assert data is not None  # saved for exactly the inputs that need a gradient
+    if block_scale is not None:
+        return decode(Encoded(data, block_scale, tensor_scale), fmt, dtype)
+    if tensor_scale is None:
+        return data.to(dtype)
+    aligned = tensor_scale.reshape(*tensor_scale.shape, *(1,) * (data.dim() - tensor_scale.dim()))
+    return (data.float() * aligned).to(dtype)
+
+
+def _wgrad(g: Operand, x: Operand, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:
+    if main_grad is None:
+        return scaled_matmul(g.values, x.values, g.scale, x.scale, out_dtype=dtype)
+    scaled_matmul(g.values, x.values, g.scale, x.scale, accumulate_into=main_grad)
+    return None
