@@ -192,3 +192,15 @@ def test_quantize_is_one_operator() -> None:
     equal(
         [[name for name in graph if "getitem" not in name] for graph in graphs], [["halfbyte.quantize_nvfp4.default"]]
     )
+
+
+def test_cache_key(rng) -> None:
+    """Of compiled code: the same for other bytes, another for another format, shape, dtype or transposed data."""
+    x = torch.randn(32, 64, generator=rng)
+    q = hb.quantize(x, NV)
+    key = q._stable_hash_for_caching()
+    equal(hb.quantize(2 * x, NV)._stable_hash_for_caching(), key)
+    columns = hb.quantize(x.mT, NV)
+    others = [hb.quantize(x, RHT), hb.quantize(x.bfloat16(), NV), q[16:], q.with_transposed(columns), columns.mT]
+    others += [q.with_transposed(columns.replace(format=RHT)), q.clone().requires_grad_(), q.swizzle()]
+    equal(len({key, *(other._stable_hash_for_caching() for other in others)}), 1 + len(others))

@@ -267,3 +267,13 @@ def test_shared_memory(rng: torch.Generator) -> None:
     expected = q.clone()
     same(q.share_memory_(), expected)
     true(q.is_shared() and q.packed.is_shared(), "the bytes are")
+
+
+@pytest.mark.parametrize("fmt", [NVFP4(), MXFP8()], ids=repr)
+def test_storages_stay_resizable(rng: torch.Generator, fmt: NVFP4 | MXFP8) -> None:
+    """FSDP2 frees what it gathered by resizing it."""
+    x, q = example(fmt, rng)
+    q = q.clone()
+    same_bits(q.dequantize(impl="cpu"), quantize(x, fmt, impl="cpu").dequantize())
+    for tensor in (x, q.packed, q.block_scale):
+        true(tensor.untyped_storage().resizable(), "its size was fixed")

@@ -148,6 +148,7 @@ REFUSED: dict[str, Callable[[QuantizedTensor], object]] = {
     "aten.copy_.default ": lambda q: torch.zeros(SHAPE).copy_(q),
     "aten.stack.default": lambda q: torch.stack([q[0], q[1]], 1),
     "aten.cat.default": lambda q: torch.cat([q, q.dequantize()]),
+    "aten.cat.default ": lambda q: torch.cat([q.dequantize(), q]),
 }
 
 

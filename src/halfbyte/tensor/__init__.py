@@ -235,6 +235,17 @@ class QuantizedTensor(Tensor):
             inner.get("transposed"), dtype=dtype, shares_scale=shares_scale,
         )  # fmt: skip
 
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, for torch's cache on disk: everything but the bytes."""
+        names, context = self.__tensor_flatten__()
+        parts = [getattr(self, name) for name in names]
+        known = [
+            part._stable_hash_for_caching() if isinstance(part, QuantizedTensor)
+            else (part.shape, part.stride(), part.storage_offset(), part.dtype, part.device, part.requires_grad)
+            for part in parts
+        ]  # fmt: skip
+        return repr((type(self).__qualname__, self.shape, self.requires_grad, names, known, context))
+
     def __getstate__(self) -> dict[str, Any]:
         """Attributes for pickle, float8 as bytes: torch reads back no float8 storage that pickle itself wrote."""
         state = dict(self.__dict__)

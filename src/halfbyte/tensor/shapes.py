@@ -290,9 +290,9 @@ def _stack(func: Any, tensors: Sequence[QuantizedTensor], dim: int = 0) -> Quant
 
 def _check_alike(func: Any, tensors: Sequence[QuantizedTensor]) -> str:
     first = tensors[0]
+    if any(not hasattr(q, "packed") for q in tensors):
+        refuse(func, "of plain and quantized tensors together")
     for q in tensors:
-        if type(q) is not type(first):
-            refuse(func, "of plain and quantized tensors together")
         rows_only(func, q)
         if q.format != first.format or scale_kind(q) != scale_kind(first):
             refuse(func, f"of {q.format} and {first.format}, or of other kinds of tensor scales; they must be alike")
