@@ -57,7 +57,10 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise CheckpointError(f"{type(self.halfbyte_layer[0]).__name__}: called with positional arguments")
+            raise CheckpointError(
+                f"{type(self.halfbyte_layer[0]).__name__}: transformers calls this layer with positional arguments; "
+                "calibration needs one that takes its hidden states and keywords; use a recipe without data"
+            )
         self.calls.append(kwargs)
         return hidden_states
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def observed(layer: nn.Module, taps: Mapping[str, Tap], every_expert: bool) -> I
         how many tokens were routed to each expert, by the path of the module that holds them; grows as the layer runs.
     """
     modules = dict(layer.named_modules())
+    device = next(layer.parameters()).device
     counts: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         fused: dict[str, dict[tuple[int, str], Tap]] = {}
@@ -50,13 +52,16 @@ def observed(layer: nn.Module, taps: Mapping[str, Tap], every_expert: bool) -> I
                 raise UnsupportedError(
                     f"{path}: neither Linears nor fused experts of transformers; use --ignore {path}"
                 )
-            counts[path] = torch.zeros(module.num_experts, dtype=torch.int64, device=module.down_proj.device)
+            counts[path] = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
             module.halfbyte = (own, every_expert, counts[path])
             stack.callback(delattr, module, "halfbyte")
-        if every_expert:
-            for path, module in modules.items():
-                if path.endswith("experts") and isinstance(module, nn.ModuleList):
-                    stack.enter_context(_shown_to_all(modules[path.rpartition(".")[0]], module))
+        for path, listed in modules.items():
+            if path.endswith("experts") and isinstance(listed, nn.ModuleList):
+                counts[path] = torch.zeros(len(listed), dtype=torch.int64, device=device)
+                for one, count in zip(listed, counts[path].unbind(), strict=True):
+                    stack.enter_context(_hooked(one, partial(_count, count)))
+                if every_expert:
+                    stack.enter_context(_shown_to_all(modules[path.rpartition(".")[0]], listed, counts[path]))
         yield counts
 
 
@@ -69,13 +74,19 @@ def _hooked(module: nn.Module, tap: Tap) -> Iterator[None]:
         handle.remove()
 
 
+def _count(total: Tensor, x: Tensor) -> None:
+    total += x.numel() // x.shape[-1]
+
+
 @contextlib.contextmanager
-def _shown_to_all(block: nn.Module, experts: nn.ModuleList) -> Iterator[None]:
+def _shown_to_all(block: nn.Module, experts: nn.ModuleList, counts: Tensor) -> Iterator[None]:
     """Run every expert on all tokens before the block routes them; what is routed then comes on top."""
 
     def show(_: nn.Module, args: tuple[Any, ...]) -> None:
+        routed = counts.clone()
         for expert in experts:
             expert(args[0].reshape(-1, args[0].shape[-1]))
+        counts.copy_(routed)
 
     handle = block.register_forward_pre_hook(show)
     try:

@@ -49,14 +49,17 @@ def open_decoder(
         UnsupportedError: transformers is not installed.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     except ImportError as error:
         raise UnsupportedError("calibration runs models with transformers: pip install 'halfbyte[hf]'") from error
     where = checkpoint.directory
     try:
         config = AutoConfig.from_pretrained(where)
+        causal: Any = AutoModelForCausalLM
+        if type(config) not in causal._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+            causal = AutoModelForImageTextToText  # of which the language model alone will run
         with _weightless():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: Any = causal.from_config(config, dtype=dtype)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"{where}: transformers cannot build {checkpoint.config.get('model_type')!r} as a causal language model "

@@ -7,8 +7,10 @@ than one layer is in memory; the samples' activations are, or are spilled to dis
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def run(
     if ranks.rank > 0:
         store = Store(work, settings, resume=True)
     groups = _groups(plan, decoder)
-    with tempfile.TemporaryDirectory(prefix="activations-", dir=work) as spilled:
+    with _nothing_left_without_layers(store, ranks), tempfile.TemporaryDirectory(dir=work) as spilled:
         states = Activations(windows.ids, ranks, Path(spilled), calibration.spill)
         embed(decoder, states, device)
         for index, layer in enumerate(decoder.layers):
@@ -94,6 +96,17 @@ def run(
             step.run(store, states)
             empty(layer)
     return store, summarize(store)
+
+
+@contextlib.contextmanager
+def _nothing_left_without_layers(store: Store, ranks: Ranks) -> Iterator[None]:
+    """A failure leaves the store behind only if there is something to go on with."""
+    try:
+        yield
+    except Exception:
+        if ranks.rank == 0 and not store.layers:
+            shutil.rmtree(store.directory)
+        raise
 
 
 def summarize(store: Store) -> Summary:
