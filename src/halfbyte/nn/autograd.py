@@ -11,6 +11,7 @@ Given up: a backward that is differentiable itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .operands import (
     AmaxGroups,
     Encoded,
     Operand,
+    constant,
     decode,
     encode,
     encode_gradient,
@@ -39,7 +41,7 @@ class Weight(NamedTuple):
 
     Attributes:
         operand: q·s and the tensor scale.
-        encoded: what "dequantized" saves; None where operand itself is kept for other reasons, and saved instead.
+        encoded: what "dequantized" saves; None otherwise.
         amax: the maximum that it was quantized with, where that is not its own.
     """
 
@@ -48,11 +50,11 @@ class Weight(NamedTuple):
     amax: Tensor | None
 
 
-def quantize_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None, keep: bool) -> Weight:
-    """weight (N, K) quantized once; keep: the result outlives the step's forward pass."""
+def quantize_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None) -> Weight:
+    """weight (N, K) quantized once."""
     if layer.weights is None:
         return Weight(Operand(weight, None), None, None)
-    if layer.backward == "dequantized" and not keep:
+    if layer.backward == "dequantized":
         encoded = encode(weight, layer.weights, amax)
         return Weight(unscaled(encoded, layer.weights), encoded, amax)
     return Weight(fake(weight, layer.weights, amax), None, amax)
@@ -102,12 +104,8 @@ class QuantizedLinear(torch.autograd.Function):
         saved = saved if needs_weight else [None, None, None]
         if not needs_x:
             of_weight: list[Tensor | None] = [None] * 3
-        elif layer.backward != "dequantized" or layer.weights is None:
-            of_weight = [weight, None, None]
-        elif packed is not None:
-            of_weight = [packed, block_scale, scale]
         else:
-            of_weight = [values, None, scale]
+            of_weight = [weight, None, None] if packed is None else [packed, block_scale, scale]
         ctx.save_for_backward(*saved, *of_weight, weight_amax)
         ctx.main_grad, ctx.state = main_grad, state  # not saved: both are written to, between forward and backward too
         ctx.layer, ctx.groups = layer, groups
@@ -129,7 +127,7 @@ class QuantizedLinear(torch.autograd.Function):
             )
             if needs_x:
                 g = first_rows(unscaled(rows, layer.gradients), dy.shape[0])
-                w = _dgrad_weight(of_weight[0], layer, weight_amax, groups)
+                w = _dgrad_weight(constant(of_weight[0]), layer, weight_amax, groups)
                 dx = scaled_matmul(g.values, w.values, g.scale, w.scale, out_dtype=dy.dtype)
             if needs_weight:
                 g = unscaled(columns, layer.wgrad_gradients)
@@ -137,9 +135,9 @@ class QuantizedLinear(torch.autograd.Function):
                 dw = _wgrad(g, x, ctx.weight_dtype, main_grad)
         else:
             if needs_x:
-                dx = dy @ _original_or_decoded(of_weight, layer.weights, dy.dtype)
+                dx = dy @ original_or_decoded(of_weight, layer.weights, dy.dtype)
             if needs_weight:
-                x_seen = _original_or_decoded(of_x, layer.activations, dy.dtype)
+                x_seen = original_or_decoded(of_x, layer.activations, dy.dtype)
                 if main_grad is None:
                     dw = (dy.mT @ x_seen).to(ctx.weight_dtype)
                 else:
@@ -169,15 +167,11 @@ def _dgrad_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None, group
     return fake(weight.mT, fmt, amax)
 
 
-def _original_or_decoded(saved: list[Tensor | None], fmt: Any, dtype: torch.dtype) -> Tensor:
+def original_or_decoded(saved: Sequence[Tensor | None], fmt: Any, dtype: torch.dtype) -> Tensor:
+    """What was saved of an operand: the tensor itself, or what it was encoded to, decoded."""
     data, block_scale, tensor_scale = saved
     assert data is not None  # saved for exactly the inputs that need a gradient
-    if block_scale is not None:
-        return decode(Encoded(data, block_scale, tensor_scale), fmt, dtype)
-    if tensor_scale is None:
-        return data.to(dtype)
-    aligned = tensor_scale.reshape(*tensor_scale.shape, *(1,) * (data.dim() - tensor_scale.dim()))
-    return (data.float() * aligned).to(dtype)
+    return data.to(dtype) if block_scale is None else decode(Encoded(data, block_scale, tensor_scale), fmt, dtype)
 
 
 def _wgrad(g: Operand, x: Operand, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:

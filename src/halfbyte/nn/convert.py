@@ -72,7 +72,7 @@ def convert(
     if done := [name for name, module in found.items() if hasattr(module, "quantization")]:
         raise FormatError(f"{done[0]}: converted already; call revert(model) first")
     layers = decoder_layers or _decoder_layers(model, found)
-    weights = [weight for name, module in found.items() for weight in _weights(name, module)]
+    weights = [weight for name, module in found.items() for weight in _weights(name, module, layers)]
     if unmatched := recipe.policy.unmatched(weights):
         raise FormatError(f"{', '.join(unmatched)}: matches no layer of this model; correct or remove it")
     plan = {name: _plan(name, module, recipe, layers) for name, module in found.items()}
@@ -113,14 +113,14 @@ def _is_candidate(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or experts.is_experts(module)
 
 
-def _weights(name: str, module: nn.Module) -> Iterator[Name]:
+def _weights(name: str, module: nn.Module, layers: int) -> Iterator[Name]:
     """What the policy decides on: a Linear's weight, or those that a checkpoint has for each expert."""
     if isinstance(module, nn.Linear):
-        yield names.parse(f"{name}.weight")
+        yield names.parse(f"{name}.weight", layers)
         return
     for expert in range(module.num_experts):  # type: ignore[arg-type]
         for part in ("gate_proj", "up_proj", "down_proj"):
-            yield names.parse(f"{name}.{expert}.{part}.weight")
+            yield names.parse(f"{name}.{expert}.{part}.weight", layers)
 
 
 def _plan(full: str, module: nn.Module, recipe: TrainingRecipe, layers: int) -> Layer:
@@ -132,7 +132,7 @@ def _plan(full: str, module: nn.Module, recipe: TrainingRecipe, layers: int) -> 
     if not is_linear and (reason := experts.unsupported(module)):
         return Layer(full, None, reason)
     decided = []
-    for name in _weights(full, module):
+    for name in _weights(full, module, layers):
         decision = recipe.policy.decide(name, layers)
         layer = recipe.layer(name) if decision.quantize else None
         reason = decision.reason if layer or not decision.quantize else "an override leaves it in high precision"

@@ -19,14 +19,13 @@ from ..errors import ShapeError, UnsupportedError
 from ..formats import MXFP8, NVFP4, Format
 from ..ops.matmul import scaled_grouped_matmul
 from ..recipe.training import LayerRecipe, TrainingRecipe
-from .autograd import QuantizedLinear
+from .autograd import QuantizedLinear, original_or_decoded
 from .linear import Quantization, main_grad_of, misfit, quantization_of
 from .operands import (
     MATMUL_DTYPE,
     AmaxGroups,
-    Encoded,
     Operand,
-    decode,
+    constant,
     encode,
     fake,
     local_amax,
@@ -73,10 +72,10 @@ class GroupedFunction(torch.autograd.Function):
         else:
             amax = weights_amax(weight, layer.weights, groups)
             if dequantized and needs_x:
-                kept = encode(weight, layer.weights, amax, per_matrix=True)
+                kept = encode(constant(weight), layer.weights, amax, per_matrix=True)
                 b, of_weight = unscaled(kept, layer.weights), list(kept)
             else:
-                b = fake(weight, layer.weights, amax, per_matrix=True)
+                b = fake(constant(weight), layer.weights, amax, per_matrix=True)
         ctx.save_for_backward(
             *(saved if needs_weight else [None] * 3), *(of_weight if needs_x else [None] * 3), offsets
         )
@@ -95,11 +94,11 @@ class GroupedFunction(torch.autograd.Function):
         layer, main_grad = ctx.layer, ctx.main_grad
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w = _original_or_decoded(saved[3:], layer.weights, dy.dtype)
+            w = original_or_decoded(saved[3:], layer.weights, dy.dtype)
             dx = grouped_rows(dy, w, offsets)
         if ctx.needs_input_grad[1]:
             fmt = None if layer.activations is None else by_rows(layer.activations)
-            x = _original_or_decoded(saved[:3], fmt, dy.dtype)
+            x = original_or_decoded(saved[:3], fmt, dy.dtype)
             dw = grouped_sums(dy, x, offsets)
             if main_grad is not None:
                 main_grad.add_(dw)
@@ -131,7 +130,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
     ends = offsets.tolist()
     for expert, (w, end) in enumerate(zip(weight.unbind(0), ends, strict=True)):
         amax = None if amaxes is None else amaxes[expert]
-        operand = fake(w.detach(), fmt, amax)
+        operand = fake(constant(w), fmt, amax)
         into = None if main_grad is None else main_grad[expert]
         parts.append(
             QuantizedLinear.apply(  # type: ignore[no-untyped-call]
@@ -200,12 +199,6 @@ def _zero_after(rows: Tensor, offsets: Tensor) -> Tensor:
     """Rows past the last expert's, which the grouped matmul leaves as they were, as zeros."""
     owned = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype) < offsets[-1]
     return torch.where(owned[:, None], rows, 0.0)
-
-
-def _original_or_decoded(saved: Sequence[Tensor | None], fmt: Any, dtype: torch.dtype) -> Tensor:
-    data, block_scale, tensor_scale = saved
-    assert data is not None  # saved for exactly the inputs that need a gradient
-    return data.to(dtype) if block_scale is None else decode(Encoded(data, block_scale, tensor_scale), fmt, dtype)
 
 
 class GroupedLinear(nn.Module):

@@ -75,6 +75,15 @@ def fake(x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool
     return unscaled(encode(x, fmt, amax, per_matrix=per_matrix), fmt)
 
 
+def constant(weight: Tensor) -> Tensor:
+    """A weight to be read without gradient.
+
+    On a CPU a copy: the compiled path reads memory through numpy, after which torch resizes that memory no more, as
+    FSDP2 does with the parameters that it gathers.
+    """
+    return weight.detach().clone() if weight.device.type == "cpu" else weight.detach()
+
+
 def shared_amax(x: Tensor, fmt: Format | None, group: dist.ProcessGroup | None) -> Tensor | None:
     """The maximum over all of a group's shards, that x is to be quantized with; None where x's own will do."""
     return None if group is None or not isinstance(fmt, NVFP4) else reduce_amax(local_amax(x, fmt), group)
