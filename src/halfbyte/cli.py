@@ -13,6 +13,7 @@ from .checkpoint.config import Activations, KVCache
 from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .cli_calibrate import calibrate
+from .cli_inspect import inspect
 from .cli_tools import Device, Json, emit, errors, progress, status, usable_device, warn
 from .cli_verify import verify
 from .errors import FormatError
@@ -168,6 +169,12 @@ app.command(
     epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json` · "
     "`halfbyte verify nvidia/Qwen3-8B-NVFP4 --for vllm,sglang --tp 4` · `halfbyte verify out --for all`"
 )(verify)
+
+
+app.command(
+    epilog="Examples: `halfbyte inspect out` · `halfbyte inspect out --against ./model --html report.html` · "
+    "`halfbyte inspect nvidia/Qwen3-8B-NVFP4 --json`"
+)(inspect)
 
 
 @app.command(epilog="Example: `halfbyte dequantize out decoded`")

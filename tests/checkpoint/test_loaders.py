@@ -1,4 +1,4 @@
-"""What engines would do: good checkpoints load, and known-bad ones that other tools have written are caught and named."""
+"""What engines would do: good checkpoints load; known-bad ones, as other tools have written, are caught and named."""
 
 import json
 import shutil

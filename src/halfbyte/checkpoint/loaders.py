@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError
 from . import load_checks as check
 from .load_case import ENGINES, Case, Engine, declared_for, scale_histograms
@@ -264,13 +266,16 @@ def judge(
     engines: Sequence[Engine] = ENGINES,
     tensor_parallel: int = 1,
     progress: Callable[[int], None] = lambda done: None,
+    histograms: Mapping[str, Tensor] | None = None,
 ) -> list[Verdict]:
     """What each engine would do; reads scales, but no elements.
+
+    histograms: of block-scale bytes, as `scale_histograms` gives them, where they are known already.
 
     Raises:
         CheckpointError: a tensor cannot be read.
     """
-    histograms = scale_histograms(found, progress)
+    histograms = scale_histograms(found, progress) if histograms is None else histograms
     verdicts = []
     for engine in engines:
         declared = declared_for(found, engine)

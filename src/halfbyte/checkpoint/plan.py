@@ -133,6 +133,20 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
     return Plan(tuple(groups), tuple(ignore))
 
 
+def places(source: Checkpoint) -> dict[str, Planned]:
+    """Name of every tensor that a conversion would write unquantized → where it is in the source, stacks taken apart.
+
+    Raises:
+        CheckpointError: the source is quantized, or something in it is unknown.
+    """
+    if method := is_quantized(source.config):
+        raise CheckpointError(
+            f"{source.directory}/config.json: is quantized itself ({method}); give the high-precision original"
+        )
+    nothing: dict[str, Format] = {}
+    return {item.name.full: item for item in _items(source, _Choice(Options(), decoder_layers(source), nothing))}
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a config, which multimodal models nest."""
     for key in ("text_config", "llm_config", "language_config", "thinker_config"):
