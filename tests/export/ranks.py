@@ -101,17 +101,15 @@ class Ranks:
     def __init__(self, source: Path, options: Options, ranks: list[Placement], **arguments: Any) -> None:
         self.ranks, self._calls = ranks, [[] for _ in ranks]
         self._recording = True
+        self._count = [iter(range(1 << 30)) for _ in ranks]
         self._arguments = {"source": source, "options": options, **arguments}
 
     def exporter(self, rank: int) -> Exporter:
-        count = iter(range(1 << 30))
-
         def reduce(maxima: Tensor, expert: bool) -> Tensor:
-            call = next(count)
             if self._recording:
                 self._calls[rank].append((expert, maxima.clone()))
                 return maxima
-            here = self._group(rank, expert)
+            here, call = self._group(rank, expert), next(self._count[rank])
             partners = [self._calls[r][call] for r, p in enumerate(self.ranks) if self._group(r, expert) == here]
             if {(kind, len(part)) for kind, part in partners} != {(expert, len(maxima))}:
                 raise AssertionError(f"rank {rank}: its call {call} is not that of its partners")
@@ -126,11 +124,13 @@ class Ranks:
 
     def export(self, tensors: Tensors, spec: Any = "te") -> dict[str, Tensor]:
         """What all ranks send, put together."""
+        exporters = [self.exporter(rank) for rank in range(len(self.ranks))]
+        model = exporters[0].model
+        shards = [to_megatron(model, tensors, placement, spec) for placement in self.ranks]
         pieces: list[Piece] = []
         for self._recording in (True, False):
-            pieces = []
-            for rank, placement in enumerate(self.ranks):
-                exporter = self.exporter(rank)
-                shards = to_megatron(exporter.model, tensors, placement, spec)
-                pieces += [piece for bucket in exporter.export(shards.items()) for piece in bucket.pieces]
-        return merge(pieces, exporter.entries)
+            buckets = [bucket for e, s in zip(exporters, shards, strict=True) for bucket in e.export(s.items())]
+            pieces = [piece for bucket in buckets for piece in bucket.pieces]
+            if not any(self._calls):  # no rank has a part of anything
+                break
+        return merge(pieces, exporters[0].entries)

@@ -59,11 +59,15 @@ def quantize_groups(groups: Sequence[WeightGroup]) -> list[list[QuantizedTensor]
 
 def amaxes(weights: Sequence[Tensor]) -> Tensor:
     """max |w| of each weight, (n,) float32, NaN winning; 0 for one without elements."""
-    whole = [weight for weight in weights if weight.numel()]
-    found = iter(torch._foreach_norm(whole, float("inf"))) if whole else iter(())  # one launch for many
-    device = weights[0].device
-    parts = [next(found).float() if w.numel() else torch.zeros((), device=device) for w in weights]
-    return torch.stack(parts)
+    found = torch.zeros(len(weights), device=weights[0].device)
+    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        if weight.numel():
+            by_dtype[weight.dtype].append(i)
+    for places in by_dtype.values():
+        norms = torch._foreach_norm([weights[i] for i in places], float("inf"))  # one launch for many
+        found[places] = torch.stack(norms).float()
+    return found
 
 
 class _Unit:
@@ -112,8 +116,12 @@ def _adjacent(group: WeightGroup) -> Tensor | None:
 def _maxima(units: Sequence[_Unit]) -> Tensor:
     """Of each unit's group, float32 (n,), over all ranks that hold a part of it."""
     matrices = [matrix for unit in units for matrix in unit.matrices]
-    each = amaxes(matrices).split([len(unit.matrices) for unit in units])
-    maxima = torch.stack([part.amax() for part in each])
+    most = max(len(unit.matrices) for unit in units)
+    members: list[list[int]] = []  # of each unit, the first again where it has fewer than others
+    for unit in units:
+        first = members[-1][-1] + 1 if members else 0
+        members.append([first] * (most - len(unit.matrices)) + list(range(first, first + len(unit.matrices))))
+    maxima = amaxes(matrices)[torch.tensor(members)].amax(1)
     by_reduce: defaultdict[Reduce, list[int]] = defaultdict(list)
     for i, unit in enumerate(units):
         if unit.group.reduce is not None:
@@ -133,8 +141,7 @@ def _quantize(units: Sequence[_Unit], maxima: Tensor | None) -> None:
         if maxima is None or isinstance(fmt, MXFP8):
             done = quantize_many(xs, fmt)
         else:
-            counts = torch.tensor([len(units[i].matrices) for i in places], device=maxima.device)
-            done = quantize_many(xs, fmt, amax=maxima[places].repeat_interleave(counts))
+            done = quantize_many(xs, fmt, amax=maxima[[i for i in places for _ in units[i].matrices]])
         results = iter(done)
         for i in places:
             units[i].quantized = [next(results) for _ in units[i].matrices]
@@ -144,7 +151,8 @@ def _check_finite(units: Sequence[_Unit]) -> None:
     """By what was computed anyway, with one wait for the device however many there are."""
     nvfp4 = [q.amax for unit in units for q in unit.quantized if q.amax is not None]
     wrong = [(~torch.stack(nvfp4).isfinite()).any()] if nvfp4 else []
-    wrong += [(q.block_scale >= 254).any() for unit in units for q in unit.quantized if isinstance(q.format, MXFP8)]
+    mxfp8 = [q.block_scale.flatten() for unit in units for q in unit.quantized if isinstance(q.format, MXFP8)]
+    wrong += [(torch.cat(mxfp8) >= 254).any()] if mxfp8 else []  # 255 is NaN, 254 inf: no finite float reaches it
     if not wrong or not bool(torch.stack(wrong).any()):
         return
     for group in (unit.group for unit in units):
