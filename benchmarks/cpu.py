@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import halfbyte as hb
+import search
 from halfbyte.numerics import mxfp8, nvfp4
 from registry import Build, Call, Case, Shape, Table
 
@@ -73,7 +74,7 @@ def gate(full: bool) -> int:
             f"dequantize NVFP4, {dtype}", (q.dequantize(dtype), hb.fake_quantize(y, PLAIN)), (decoded,) * 2
         )
         compared += check(f"dequantize MXFP8, {dtype}", (m.dequantize(dtype),), (mxfp8.dequantize(*wanted, dtype),))
-    return compared
+    return compared + search.gate("cpu", full)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ def cases() -> list[Case]:
         Case("dequantize NVFP4 to bfloat16", OUT, decoding(PLAIN, torch.bfloat16)),
         Case("dequantize NVFP4 to float32", OUT + 2, decoding(PLAIN, torch.float32)),
         Case("dequantize MXFP8 to bfloat16", 3 + 1 / 32, decoding(MX, torch.bfloat16)),
+        *search.cases("cpu"),
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from triton.testing import do_bench
 
 import compiled
 import halfbyte as hb
+import search
 from halfbyte import ops
 from halfbyte.numerics import mxfp8, nvfp4, swizzle
 from registry import Build, Call, Case, Shape, Table
@@ -96,7 +97,7 @@ def gate(full: bool) -> int:
         amax = torch.tensor(value, device="cuda")
         wanted = nvfp4.quantize(x, PLAIN, amax=amax)
         compared += check(f"a bfloat16 pattern at amax {value}", parts(hb.quantize(x, PLAIN, amax=amax)), wanted)
-    return compared
+    return compared + search.gate("cuda", full)
 
 
 def gate_matmul(g: torch.Generator) -> int:
@@ -230,6 +231,7 @@ def cases() -> list[Case]:
         Case("128 experts, stacked, amax computed", OUT, quantizing(PLAIN, per_matrix=True), 0.65, shape=EXPERTS),
         Case("128 experts, a list, amax given", OUT, listing(True), 0.88, shape=EXPERTS),
         Case("128 experts, a list, amax computed", OUT, listing(False), 0.65, shape=EXPERTS),
+        *search.cases("cuda"),
     ]  # fmt: skip
 
 
@@ -254,6 +256,7 @@ def table() -> Table:
     target = torch.empty_like(source)
     x, amax = inputs((1, 8192))
     q = hb.quantize(x, PLAIN)
+    more = inputs((64, 4096))[0]
     gpu = torch.cuda.get_device_name()
     return Table(
         name=gpu.split()[-1].lower(),
@@ -265,6 +268,7 @@ def table() -> Table:
         medians=medians,
         overhead={
             "quantize": lambda: hb.quantize(x, PLAIN),
+            "quantize 64×4096": lambda: hb.quantize(more, PLAIN),
             "quantize, amax given": lambda: hb.quantize(x, PLAIN, amax=amax),
             "quantize, row-scaled": lambda: hb.quantize(x, ROW),
             "quantize MXFP8": lambda: hb.quantize(x, MX),
