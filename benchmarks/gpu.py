@@ -20,6 +20,7 @@ from registry import Build, Call, Case, Shape, Table
 PLAIN, ROW, SQUARE = hb.NVFP4(), hb.NVFP4(scaling="row"), hb.NVFP4(block=(16, 16))
 FOUR_OVER_SIX = hb.NVFP4(scale_rule="four_over_six")
 HADAMARD, STOCHASTIC = hb.NVFP4(hadamard=True), hb.NVFP4(rounding="stochastic")
+STOCHASTIC_HADAMARD = hb.NVFP4(hadamard=True, rounding="stochastic")
 MX = hb.MXFP8()
 SHAPES = [(8192, 8192), (16384, 16384), (64, 4096), (1, 8192)]
 EXPERTS = (128, 1536, 2048)
@@ -73,7 +74,11 @@ def gate(full: bool) -> int:
     for _ in range(3 if full else 1):
         for name, x in distributions(shape, g):
             for fmt in (PLAIN, ROW, SQUARE):
-                compared += check(f"{fmt} of {name}", parts(hb.quantize(x, fmt)), nvfp4.quantize(x, fmt))
+                wanted = nvfp4.quantize(x, fmt)
+                compared += check(f"{fmt} of {name}", parts(hb.quantize(x, fmt)), wanted)
+                q, values = ops.quantize_with_values(x, fmt)
+                exact = nvfp4.decode_without_tensor_scale(*wanted[:2]).to(x.dtype)
+                compared += check(f"{fmt} with values of {name}", (*q, values), (*wanted, exact))
             part = x[:515]
             wanted = [t.cuda() for t in nvfp4.quantize(part.cpu(), FOUR_OVER_SIX)]
             compared += check(f"{FOUR_OVER_SIX} of {name}", parts(hb.quantize(part, FOUR_OVER_SIX)), wanted)
@@ -82,6 +87,10 @@ def gate(full: bool) -> int:
             rows, columns = hb.quantize_transpose(whole, PLAIN)
             compared += check(f"rowwise of {name}", parts(rows), nvfp4.quantize(whole, PLAIN))
             compared += check(f"transposed of {name}", parts(columns), nvfp4.quantize(whole.mT, PLAIN))
+            got = hb.fake_quantize_unscaled(whole.mT, STOCHASTIC, rng=(1, 2))
+            wanted = nvfp4.quantize(whole.mT, STOCHASTIC, rng=(1, 2))
+            wanted = nvfp4.decode_without_tensor_scale(*wanted[:2]).to(x.dtype), wanted.tensor_scale
+            compared += check(f"values of the transposed of {name}", got, wanted)
             for q, one in zip(hb.quantize_many([part, whole], PLAIN), (part, whole), strict=True):
                 compared += check(f"quantize_many of {name}", parts(q), nvfp4.quantize(one, PLAIN))
             wanted = nvfp4.dequantize(*nvfp4.quantize(x, PLAIN)[:3], torch.bfloat16)
@@ -178,6 +187,20 @@ def bf16_matmul(shape: Shape) -> Call:
     return lambda: x @ w.mT
 
 
+def with_values(fmt: hb.NVFP4, given: bool = False) -> Build:
+    def build(shape: Shape) -> Call:
+        x, amax = inputs(shape)
+        return lambda: ops.quantize_with_values(x, fmt, amax=amax if given else None)
+
+    return build
+
+
+def transposed_values(shape: Shape) -> Call:
+    """The operand of a weight's gradient."""
+    x, amax = inputs(shape)
+    return lambda: hb.fake_quantize_unscaled(x.mT, STOCHASTIC_HADAMARD, amax=amax, rng=(1, 2))
+
+
 def swizzling(shape: Shape) -> Call:
     scale = hb.quantize(inputs(shape)[0], PLAIN).block_scale
     return lambda: hb.swizzle(scale)
@@ -220,6 +243,9 @@ def cases() -> list[Case]:
         Case("rowwise + transposed, amax given", OUT + 0.5625, transposing(PLAIN, True), 0.70, rows_multiple=16),
         Case("rowwise + transposed Hadamard", OUT + 0.5625, transposing(HADAMARD, True), rows_multiple=16),
         Case("fake quantize, amax given", 4, faking),
+        Case("quantize with q·s, row-scaled", OUT + 2, with_values(ROW), 0.75),
+        Case("quantize with q·s 16×16, amax given", OUT + 2, with_values(SQUARE, True)),
+        Case("q·s transposed, Hadamard stochastic", 4, transposed_values, rows_multiple=16),
         Case("dequantize to bf16", OUT, decoding(PLAIN), 0.85),
         Case("matmul of q·s, row-scaled", 6, multiplying(ROW), None, matmuls, (MATMUL, 0.95), shape=SQUARE_MATMUL),
         Case("matmul of q·s, tensor-scaled", 6, multiplying(PLAIN), None, matmuls, (MATMUL, 0.95), shape=SQUARE_MATMUL),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import halfbyte as hb
+from halfbyte import ops
 from halfbyte.formats import E4M3_MAX_CHOICES
 from halfbyte.numerics import nvfp4
 from halfbyte.ops import custom
@@ -45,6 +46,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "fake_quantize": lambda x: hb.fake_quantize(x, NV, amax=amax(x)),
     "fake_quantize mxfp8": lambda x: hb.fake_quantize(x, MX),
     "fake_quantize_unscaled": lambda x: hb.fake_quantize_unscaled(x, STOCHASTIC, rng=WORDS),
+    "quantize_with_values": lambda x: ops.quantize_with_values(x, STOCHASTIC, rng=WORDS, per_matrix=True),
     "quantize_transpose": lambda x: hb.quantize_transpose(x, NV, RHT, transposed_amax=amax(x)),
     "quantize_transpose stochastic": lambda x: hb.quantize_transpose(x, STOCHASTIC, rng=(1, 2), transposed_rng=WORDS),
     "quantize_many": lambda x: hb.quantize_many([x, x[0], 2 * x], NV),
@@ -91,6 +93,7 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fake_quantize": (custom.fake_quantize, (X, None, F, False, True, None, 0)),
     "fake_quantize transposed": (custom.fake_quantize, (X.mT, None, F, True, True, None, 0)),
     "fake_quantize unscaled": (custom.fake_quantize, (X, amax(X), S, True, False, [1, 2], 0)),
+    "quantize_with_values": (custom.quantize_with_values, (X, amax(X), S, True, [1, 2], 0)),
     "quantize_transpose": (custom.quantize_transpose, (X, None, amax(X), F, S, None, [1, 2])),
     "quantize_many": (custom.quantize_many, ([X, X[0].half()], None, F, True)),
     "swizzle": (custom.swizzle, (X[:, :3, :5].to(torch.uint8),)),

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,19 +242,19 @@ def test_grouped_without_tokens_or_with_one_scale(rng) -> None:
 X, W = hb.quantize(torch.ones(16, 64), ROW), hb.quantize(torch.ones(16, 64), TENSOR)
 F32 = torch.float32
 SHAPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
-    "no scale": (lambda: hb.linear(replace(X, tensor_scale=None), W), "x.tensor_scale is NoneType"),
-    "scale of another dtype": (lambda: hb.linear(replace(X, tensor_scale=X.tensor_scale.double()), W), "torch.float64"),
-    "scale of another size": (lambda: hb.linear(replace(X, tensor_scale=X.tensor_scale[:8]), W), r"\(16,\)"),
-    "scale of another side": (lambda: hb.linear(replace(X, tensor_scale=X.tensor_scale[None]), W), r"\(1, 16\)"),
-    "column scale": (lambda: hb.linear(replace(X, tensor_scale=X.tensor_scale[:, None]), W), r"\(16, 1\)"),
-    "a row format with one scale": (lambda: hb.linear(replace(X, tensor_scale=torch.tensor(1.0)), W), "scaling='row'"),
-    "a tensor format with rows": (lambda: hb.linear(X, replace(W, tensor_scale=torch.ones(16))), "w.tensor_scale"),
+    "no scale": (lambda: hb.linear(X.replace(tensor_scale=None), W), "x.tensor_scale is NoneType"),
+    "scale of another dtype": (lambda: hb.linear(X.replace(tensor_scale=X.tensor_scale.double()), W), "torch.float64"),
+    "scale of another size": (lambda: hb.linear(X.replace(tensor_scale=X.tensor_scale[:8]), W), r"\(16,\)"),
+    "scale of another side": (lambda: hb.linear(X.replace(tensor_scale=X.tensor_scale[None]), W), r"\(1, 16\)"),
+    "column scale": (lambda: hb.linear(X.replace(tensor_scale=X.tensor_scale[:, None]), W), r"\(16, 1\)"),
+    "a row format with one scale": (lambda: hb.linear(X.replace(tensor_scale=torch.tensor(1.0)), W), "scaling='row'"),
+    "a tensor format with rows": (lambda: hb.linear(X, W.replace(tensor_scale=torch.ones(16))), "w.tensor_scale"),
     "a scale for MXFP8": (
-        lambda: hb.linear(replace(hb.quantize(torch.ones(16, 64), MX), tensor_scale=torch.ones(())), W),
+        lambda: hb.linear(hb.quantize(torch.ones(16, 64), MX).replace(tensor_scale=torch.ones(())), W),
         "MXFP8 has none",
     ),
-    "block scales of another shape": (lambda: hb.linear(replace(X, block_scale=X.block_scale.mT), W), "block scales"),
-    "block scales as bytes": (lambda: hb.linear(replace(X, block_scale=X.block_scale.view(torch.uint8)), W), "uint8"),
+    "block scales of another shape": (lambda: hb.linear(X.replace(block_scale=X.block_scale.mT), W), "block scales"),
+    "block scales as bytes": (lambda: hb.linear(X.replace(block_scale=X.block_scale.view(torch.uint8)), W), "uint8"),
     "swizzled, and not said": (lambda: hb.linear(replace(X.swizzle(), swizzled=False), W), "swizzled=True"),
     "other columns": (lambda: hb.linear(X, hb.quantize(torch.ones(16, 32), TENSOR)), "last dimensions must be equal"),
     "w of three dimensions": (lambda: hb.linear(X, hb.quantize(torch.ones(2, 16, 64), TENSOR)), r"w is \(N, K\)"),

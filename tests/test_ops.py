@@ -131,3 +131,15 @@ def test_the_input_is_never_changed(fmt: Any) -> None:
     same_bits(amax, torch.tensor(1.0))
     for got, want in zip((q.packed, q.block_scale), before, strict=True):
         same_bits(got.view(torch.uint8), want)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
+def test_quantize_with_values(impl: str) -> None:
+    for fmt, options in ((ROW, {}), (STOCHASTIC, {"rng": (1, 2), "first_block": 3}), (NV, {"amax": torch.tensor(2.0)})):
+        q, values = ops.quantize_with_values(X.bfloat16(), fmt, impl=impl, **options)
+        wanted = nvfp4.quantize(X.bfloat16(), fmt, **options)
+        for actual, expected in zip(q, wanted, strict=True):
+            same_bits(actual, expected)
+        same_bits(values, nvfp4.decode_without_tensor_scale(wanted.packed, wanted.block_scale).bfloat16())
+    with pytest.raises(FormatError, match="needs rng"):
+        ops.quantize_with_values(X, STOCHASTIC, impl=impl)

@@ -133,7 +133,7 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
     return Plan(tuple(groups), tuple(ignore))
 
 
-def places(source: Checkpoint) -> dict[str, Planned]:
+def places(source: Source) -> dict[str, Planned]:
     """Name of every tensor that a conversion would write unquantized → where it is in the source, stacks taken apart.
 
     Raises:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ._maxima import block_abs_max, halves_abs_max
 from ._primitives import e4m3_code, jit, join8, unpack_words
-from ._rules import SAFE_ABOVE, block_scales, encode, hadamard_words
+from ._rules import SAFE_ABOVE, block_scales, encode, hadamard_words, store_values
 
 THREADS = tl.constexpr(128)
 
@@ -70,29 +70,33 @@ def column_pairs(even, odd, HADAMARD: tl.constexpr, KIND: tl.constexpr, NATIVE: 
 @jit
 def _store_column(
     packed_ptr, block, mask, lo, hi, block_max, amax, encode_scale, decode_scale, seed, offset, first_block,
-    SAFE: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    SAFE: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store the bytes; → the scales as E4M3 bytes."""
+    """Store the bytes, or the values that OUT names; → the scales as E4M3 bytes."""
     scale, element = block_scales(lo, hi, block_max, mask, encode_scale, decode_scale, amax, F, NATIVE)
     packed = encode(lo, hi, element, first_block + block, seed, offset, F, NATIVE, SAFE)
-    tl.store(packed_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :], packed, mask=mask[:, None])
+    offsets = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if OUT == "packed":
+        tl.store(packed_ptr + offsets, packed, mask=mask[:, None])
+    else:
+        store_values(packed_ptr, 0, offsets, mask[:, None], packed, scale, decode_scale, OUT, KIND, NATIVE)
     return e4m3_code(scale)
 
 
 @jit
 def _store_word(
     packed_ptr, block, blocks_per_column, mask, even, odd, amax, encode_scale, decode_scale, seed, offset, first_block,
-    SAFE: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    SAFE: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """As `_store_column`, for both columns of a word."""
     lo0, hi0, max0, lo1, hi1, max1 = column_pairs(even, odd, F.hadamard, KIND, NATIVE)
     scale0 = _store_column(
         packed_ptr, block, mask, lo0, hi0, max0, amax, encode_scale, decode_scale, seed, offset, first_block,
-        SAFE, F, NATIVE,
+        SAFE, OUT, KIND, F, NATIVE,
     )  # fmt: skip
     scale1 = _store_column(
         packed_ptr, block + blocks_per_column, mask, lo1, hi1, max1, amax, encode_scale, decode_scale, seed, offset,
-        first_block, SAFE, F, NATIVE,
+        first_block, SAFE, OUT, KIND, F, NATIVE,
     )  # fmt: skip
     return scale0, scale1
 
@@ -102,19 +106,19 @@ def _store_tile(
     packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, first, row0, column0, rows, columns,
     amax, encode_scale, decode_scale, seed, offset, first_block,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, SAFE: tl.constexpr,
-    KIND: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    OUT: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     blocks_per_column = (rows // 16).to(tl.int64)
     block = first + column * blocks_per_column + block  # of the output
     scale0, scale1 = _store_word(
         packed_ptr, block, blocks_per_column, mask, even0, odd0, amax, encode_scale, decode_scale,
-        seed, offset, first_block, SAFE, KIND, F, NATIVE,
+        seed, offset, first_block, SAFE, OUT, KIND, F, NATIVE,
     )  # fmt: skip
     scale2, scale3 = _store_word(
         packed_ptr, block + 2 * blocks_per_column, blocks_per_column, mask, even1, odd1, amax, encode_scale,
-        decode_scale, seed, offset, first_block, SAFE, KIND, F, NATIVE,
+        decode_scale, seed, offset, first_block, SAFE, OUT, KIND, F, NATIVE,
     )  # fmt: skip
-    if GATHER:
+    if OUT == "packed" and GATHER:
         scale = tl.join(tl.join(scale0, scale2), tl.join(scale1, scale3))  # [128, 2, 2]: the last two are the column
         scale = scale.reshape(ROWS // 64, COLUMNS // 32, 4, 8, 2, 2).permute(1, 3, 4, 5, 0, 2)
         along = tl.arange(0, ROWS // 16)[None, :]
@@ -125,7 +129,7 @@ def _store_tile(
             exists = (row0 + 16 * along < rows) & (column0 + across < columns)
         scale_ptr += first + across * blocks_per_column + along
         tl.store(scale_ptr, scale.reshape(COLUMNS, ROWS // 16), mask=exists)
-    else:
+    elif OUT == "packed":
         tl.store(scale_ptr + block, scale0, mask=mask)
         tl.store(scale_ptr + block + blocks_per_column, scale1, mask=mask)
         tl.store(scale_ptr + block + 2 * blocks_per_column, scale2, mask=mask)
@@ -137,26 +141,29 @@ def store_tile(
     packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, p, row0, column0, rows, columns,
     amax, encode_scale, decode_scale, seed, offset, first_block,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
-    F: tl.constexpr, NATIVE: tl.constexpr,
+    OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Quantize what `load_tile` gave, of matrix p (int64), and store it. GATHER: scales change threads."""
+    """Quantize what `load_tile` gave, of matrix p (int64), and store it. GATHER: scales change threads.
+
+    OUT: "packed" bytes and scales, or values alone: "exact" or "decoded".
+    """
     first = (p * columns + column0) * (rows // 16) + row0 // 16
     if NATIVE and KIND != 2 and F.rounding == "nearest" and F.scale_rule == "amax":
         if encode_scale > SAFE_ABOVE:
             _store_tile(
                 packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, first, row0, column0, rows,
                 columns, amax, encode_scale, decode_scale, seed, offset, first_block,
-                ROWS, COLUMNS, GATHER, EVEN, True, KIND, F, NATIVE,
+                ROWS, COLUMNS, GATHER, EVEN, True, OUT, KIND, F, NATIVE,
             )  # fmt: skip
         else:
             _store_tile(
                 packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, first, row0, column0, rows,
                 columns, amax, encode_scale, decode_scale, seed, offset, first_block,
-                ROWS, COLUMNS, GATHER, EVEN, False, KIND, F, NATIVE,
+                ROWS, COLUMNS, GATHER, EVEN, False, OUT, KIND, F, NATIVE,
             )  # fmt: skip
     else:
         _store_tile(
             packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, first, row0, column0, rows, columns,
             amax, encode_scale, decode_scale, seed, offset, first_block,
-            ROWS, COLUMNS, GATHER, EVEN, False, KIND, F, NATIVE,
+            ROWS, COLUMNS, GATHER, EVEN, False, OUT, KIND, F, NATIVE,
         )  # fmt: skip

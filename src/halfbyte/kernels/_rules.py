@@ -77,25 +77,36 @@ def encode(
 
 
 @jit
+def store_values(
+    out_ptr, block, offsets, mask, packed, scale, decode_scale,
+    OUT: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Store what the packed pairs decode to, in the dtype of KIND; the rest as in `store_elements`."""
+    lo, hi = e2m1_values(packed)
+    if OUT == "decoded":
+        scale = scale * decode_scale
+    words = words_of(lo * scale.expand_dims(-1), hi * scale.expand_dims(-1), KIND, NATIVE)
+    if KIND == 2:
+        tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int64)) + offsets, words, mask=mask)
+    else:
+        tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int32)) + offsets, words, mask=mask)
+
+
+@jit
 def store_elements(
     out_ptr, block, offsets, mask, lo, hi, scale, element, encode_scale, decode_scale, number, seed, offset,
-    OUT: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+    OUT: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, values_ptr=None,
 ):  # fmt: skip
     """Round the pairs and store them from 1×16 block `block` (scalar) of the output on, at the pairs' offsets.
 
     number: of each 1×16 block, int64, for stochastic rounding only. OUT: "packed" bytes, or elements of the input's
-    dtype: the "decoded" value, or "exact", q·s without the tensor scale.
+    dtype: the "decoded" value, or "exact", q·s without the tensor scale; or "both", bytes and exact values at
+    values_ptr.
     """
-    if OUT != "packed":
-        q_lo, q_hi = e2m1_values(encode(lo, hi, element, number, seed, offset, F, NATIVE))
-        if OUT == "decoded":
-            scale = scale * decode_scale
-        words = words_of(q_lo * scale.expand_dims(-1), q_hi * scale.expand_dims(-1), KIND, NATIVE)
-        if KIND == 2:
-            tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int64)) + offsets, words, mask=mask)
-        else:
-            tl.store((out_ptr + block * 16).to(tl.pointer_type(tl.int32)) + offsets, words, mask=mask)
-    elif NATIVE and KIND != 2 and F.rounding == "nearest" and len(encode_scale.shape) == 0:
+    if OUT == "decoded" or OUT == "exact":
+        packed = encode(lo, hi, element, number, seed, offset, F, NATIVE)
+        store_values(out_ptr, block, offsets, mask, packed, scale, decode_scale, OUT, KIND, NATIVE)
+    elif OUT == "packed" and NATIVE and KIND != 2 and F.rounding == "nearest" and len(encode_scale.shape) == 0:
         # Each branch stores: bytes that leave a branch would leave it in a register each.
         if encode_scale > SAFE_ABOVE:
             packed = e2m1_pair(lo, hi, element.expand_dims(-1), True, NATIVE)
@@ -106,6 +117,8 @@ def store_elements(
     else:
         packed = encode(lo, hi, element, number, seed, offset, F, NATIVE)
         tl.store(out_ptr + block * 8 + offsets, packed, mask=mask)
+        if OUT == "both":
+            store_values(values_ptr, block, offsets, mask, packed, scale, decode_scale, OUT, KIND, NATIVE)
 
 
 @jit

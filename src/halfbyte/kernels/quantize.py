@@ -36,7 +36,7 @@ def quantize_tile(
     p, start, blocks, blocks_per_row,
     amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
     BB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
-    F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False,
+    F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False, values_ptr=None,
 ):  # fmt: skip
     """Blocks start … start + BB of matrix p (int64). amax and its scales: the matrix's, or None to load them here."""
     within = tl.arange(0, BB)  # [BB]
@@ -66,9 +66,9 @@ def quantize_tile(
     scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [BB]
     store_elements(
         out_ptr, first, within[:, None] * 8 + pairs[None, :], mask[:, None], lo, hi, scale, element, encode_scale,
-        decode_scale, first_block + first + within, seed, offset, OUT, F, KIND, NATIVE,
+        decode_scale, first_block + first + within, seed, offset, OUT, F, KIND, NATIVE, values_ptr,
     )  # fmt: skip
-    if OUT == "packed":
+    if OUT == "packed" or OUT == "both":
         tl.store(scale_ptr + first + within, e4m3_code(scale), mask=mask)
     if F.scaling == "row":
         head = mask & (block % blocks_per_row == 0)
@@ -82,7 +82,7 @@ def quantize_tile(
 
 @jit_varying("seed", "offset", "first_block")
 def _quantize_1x16(
-    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
     blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
     seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     BB: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
@@ -98,7 +98,7 @@ def _quantize_1x16(
             x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, None, None, None,
             p, start, blocks, blocks_per_row,
             amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
-            BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
+            BB, EVEN, DENSE, KIND, OUT, F, NATIVE, False, values_ptr,
         )  # fmt: skip
         return
     amax = tl.load(amax_ptr + p * amax_stride_p)
@@ -108,13 +108,13 @@ def _quantize_1x16(
             x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, amax, encode_scale, decode_scale,
             p, start + step * BB, blocks, blocks_per_row,
             amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
-            BB, EVEN, DENSE, KIND, OUT, F, NATIVE,
+            BB, EVEN, DENSE, KIND, OUT, F, NATIVE, False, values_ptr,
         )  # fmt: skip
 
 
 @jit_varying("seed", "offset", "first_block")
 def _quantize_16x16(
-    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
     seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     NB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr, REVERSE: tl.constexpr,
@@ -154,9 +154,9 @@ def _quantize_16x16(
     scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [NB, 1]
     store_elements(
         out_ptr, first, local[:, :, None] * 8 + pairs, mask[:, :, None], lo, hi, scale, element, encode_scale,
-        decode_scale, first_block + first + local, seed, offset, OUT, F, KIND, NATIVE,
+        decode_scale, first_block + first + local, seed, offset, OUT, F, KIND, NATIVE, values_ptr,
     )  # fmt: skip
-    if OUT == "packed":
+    if OUT == "packed" or OUT == "both":
         tl.store(scale_ptr + first + local, tl.broadcast_to(e4m3_code(scale), (NB, 16)), mask=mask)
     if (row0 == 0) & (column0 == 0):
         tl.store(tensor_scale_ptr + p, decode_scale)
@@ -210,8 +210,12 @@ def dispatch(
     mode: str,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> None:
-    """Choose the kernels for a non-empty input. mode "packed" fills out; the others put values into out[0]."""
+    """Choose the kernels for a non-empty input.
+
+    mode: "packed" fills out; "exact" and "decoded" put values into out[0]; "both" fills out and puts q·s into values.
+    """
     seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     plain = fmt.scaling == "tensor" and fmt.block == (1, 16) and m.dense
     if importance is not None or hessian is not None:
@@ -220,15 +224,15 @@ def dispatch(
     elif mode == "packed" and transposed.supports_view(m, fmt):
         transposed.quantize_into(m, fmt, amax, out, seed, offset, first_block)
     elif amax is not None:
-        launch(m, fmt, amax, out, False, seed, offset, first_block, mode)
+        launch(m, fmt, amax, out, False, seed, offset, first_block, mode, values)
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
-        row.quantize_into(m, fmt, *out, mode)
+        row.quantize_into(m, fmt, *out, mode, values)
     elif plain and m.rows * m.columns <= SMALL and fmt.rounding == "nearest" and fmt.scale_rule != "search":
-        row.quantize_into(m._replace(rows=1, columns=m.rows * m.columns), fmt, *out, mode)  # a matrix as one long row
+        row.quantize_into(m._replace(rows=1, columns=m.rows * m.columns), fmt, *out, mode, values)  # one row
     elif plain and m.matrices > 1 and mode == "packed" and fmt.scale_rule == "amax":
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
-        launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode)
+        launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode, values)
 
 
 def launch(
@@ -241,9 +245,11 @@ def launch(
     offset: int,
     first_block: int,
     mode: str = "packed",
+    values: Tensor | None = None,
 ) -> None:
     """Quantize with a known amax: one value, or one per matrix or row."""
     packed, scale, tensor_scale, amax_out = out
+    values = packed if values is None else values
     shared = amax.dim() == 0 or amax.numel() == 1
     if not shared:
         amax = amax.contiguous()
@@ -259,7 +265,7 @@ def launch(
         tiles = cdiv(blocks, bb * steps)
         stride_p = 0 if shared else m.rows if fmt.scaling == "row" else 1
         launch_kernel(
-            _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out),
+            _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out, values),
             (blocks, blocks_per_row, tiles, stride_p, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
             (seed, offset, first_block),
             BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
@@ -271,7 +277,8 @@ def launch(
     nb, warps = (32, 2) if plain else (8, 1)
     row_tiles, column_tiles = cdiv(m.rows, 16), cdiv(blocks_per_row, nb)
     launch_kernel(
-        _quantize_16x16, row_tiles * column_tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out),
+        _quantize_16x16, row_tiles * column_tiles * m.matrices,
+        (m.x, packed, scale, amax, tensor_scale, amax_out, values),
         (m.rows, blocks_per_row, row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
         (seed, offset, first_block),
         NB=nb, EVEN=m.rows % 16 == 0 and blocks_per_row % nb == 0,

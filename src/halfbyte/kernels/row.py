@@ -23,7 +23,8 @@ from ._tiles import Matrices, load_blocks
 
 @jit
 def _quantize_row(
-    x_ptr, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr, rows, blocks_per_row, stride_p, stride_m, stride_k,
+    x_ptr, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
+    rows, blocks_per_row, stride_p, stride_m, stride_k,
     NB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +48,9 @@ def _quantize_row(
     first = pid * blocks_per_row
     store_elements(
         out_ptr, first, block[:, None] * 8 + pairs[None, :], mask[:, None], lo, hi, scale, element, encode_scale,
-        decode_scale, block, 0, 0, OUT, F, KIND, NATIVE,
+        decode_scale, block, 0, 0, OUT, F, KIND, NATIVE, values_ptr,
     )  # fmt: skip
-    if OUT == "packed":
+    if OUT == "packed" or OUT == "both":
         tl.store(scale_ptr + first + block, e4m3_code(scale), mask=mask)
     tl.store(tensor_scale_ptr + pid, decode_scale)
     tl.store(amax_out_ptr + pid, amax)
@@ -63,12 +64,14 @@ def quantize_into(
     tensor_scale: Tensor,
     amax_out: Tensor,
     mode: str = "packed",
+    values: Tensor | None = None,
 ) -> None:
     """One launch; see `quantize.quantize`."""
     blocks_per_row = m.columns // 16
     nb = next_power_of_2(blocks_per_row)
     launch(
-        _quantize_row, m.matrices * m.rows, (m.x, packed, scale, tensor_scale, amax_out),
+        _quantize_row, m.matrices * m.rows,
+        (m.x, packed, scale, tensor_scale, amax_out, packed if values is None else values),
         (m.rows, blocks_per_row, m.stride_p, m.stride_m, m.stride_k),
         NB=nb, EVEN=nb == blocks_per_row, DENSE=m.dense, KIND=m.kind, OUT=mode, F=fmt,
         NATIVE=_target.native_level(m.x.device),

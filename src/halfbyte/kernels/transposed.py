@@ -69,9 +69,9 @@ def _quantize(
     row_packed_ptr, row_scale_ptr, row_amax_ptr, row_tensor_scale_ptr, row_amax_out_ptr,
     rows, columns, amax_stride, row_amax_stride, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
-    F: tl.constexpr, R: tl.constexpr, NATIVE: tl.constexpr,
+    OUT: tl.constexpr, F: tl.constexpr, R: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    # F: of the columns. R: of the rows, or None.
+    # F: of the columns; OUT: what of them is stored. R: of the rows, or None.
     p = tl.program_id(2).to(tl.int64)
     row0 = tl.program_id(1) * ROWS
     column0 = tl.program_id(0) * COLUMNS
@@ -83,7 +83,8 @@ def _quantize(
     encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
     store_tile(
         packed_ptr, scale_ptr, even0, odd0, even1, odd1, block, column, mask, p, row0, column0, rows, columns,
-        amax, encode_scale, decode_scale, seed, offset, first_block, ROWS, COLUMNS, R is None, EVEN, KIND, F, NATIVE,
+        amax, encode_scale, decode_scale, seed, offset, first_block,
+        ROWS, COLUMNS, R is None, EVEN, KIND, OUT, F, NATIVE,
     )  # fmt: skip
     is_first = (row0 == 0) & (column0 == 0)
     if is_first:
@@ -207,6 +208,22 @@ def quantize(
     return columns, rows
 
 
+def fake_quantize(
+    x: Tensor, fmt: NVFP4, *, unscaled: bool, amax: Tensor | None, rng: tuple[int, int] | None, first_block: int
+) -> tuple[Tensor, Tensor]:
+    """x (…, M, K), for which `supports` → as `fake_quantize.fake_quantize(x.mT, …, per_matrix=True)`.
+
+    Fewest bytes, for bf16: 2 read and 2 written per element, and 2 more read where the amax must be computed.
+    """
+    m = as_matrices(x, True)
+    amax = _maxima(m, fmt, False)[0] if amax is None else amax.contiguous()
+    values = torch.empty(x.mT.shape, dtype=x.dtype, device=x.device)
+    tensor_scale, out_amax = torch.empty((2, *x.shape[:-2]), dtype=torch.float32, device=x.device)
+    out = values, values.view(torch.uint8), tensor_scale, out_amax  # the second is not written
+    _launch(m, fmt, amax, out, rng, first_block, mode="exact" if unscaled else "decoded")
+    return values, tensor_scale
+
+
 def _from_one_read(fmt: NVFP4, rowwise: NVFP4) -> bool:
     plain = rowwise.block == (1, 16) and rowwise.scaling == "tensor" and rowwise.rounding == "nearest"
     return plain and rowwise.scale_rule == "amax" and fmt.scale_rule == "amax"
@@ -222,6 +239,7 @@ def _launch(
     rowwise: NVFP4 | None = None,
     row_amax: Tensor | None = None,
     rows: Quantized | None = None,
+    mode: str = "packed",
 ) -> None:
     seed, offset = (0, 0) if rng is None else rng
     row_amax, rows = amax if row_amax is None else row_amax, out if rows is None else rows
@@ -232,7 +250,7 @@ def _launch(
         (m.rows, m.columns, int(amax.numel() > 1), int(row_amax.numel() > 1)),
         (rows_first.signed(seed), rows_first.signed(offset), first_block),
         ROWS=tile_rows, COLUMNS=tile_columns, BB=BLOCKS, EVEN=m.rows % tile_rows == 0 and m.columns % tile_columns == 0,
-        KIND=m.kind, F=fmt, R=rowwise, NATIVE=_target.native_level(m.x.device),
+        KIND=m.kind, OUT=mode, F=fmt, R=rowwise, NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip
 
 

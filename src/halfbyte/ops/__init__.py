@@ -44,6 +44,7 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "quantize_transpose",
+    "quantize_with_values",
     "scaled_grouped_matmul",
     "scaled_matmul",
     "swizzle",
@@ -130,6 +131,32 @@ def fake_quantize(
         )
     run = backend(name).fake_quantize
     return run(x, fmt, unscaled=unscaled, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
+
+
+def quantize_with_values(
+    x: Tensor,
+    fmt: NVFP4,
+    *,
+    impl: str = "auto",
+    amax: Tensor | None = None,
+    per_matrix: bool = False,
+    rng: Words = None,
+    first_block: int = 0,
+) -> tuple[Encoded, Tensor]:
+    """(what `quantize_nvfp4` gives, q·s in x's dtype): what to save for backward and what to multiply, in one pass.
+
+    Arguments and errors are those of `halfbyte.quantize`. The values are contiguous, and exact in x's dtype.
+    """
+    x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
+    name = pick(impl, x.device)
+    if torch.compiler.is_compiling():
+        *parts, values = custom.quantize_with_values(
+            x, amax, custom.spell(fmt), per_matrix, custom.signed(rng), first_block, name
+        )
+        return Encoded(*parts), values
+    run = backend(name).quantize_with_values
+    q, values = run(x, fmt, amax=amax, per_matrix=per_matrix, rng=rng, first_block=first_block)
+    return Encoded(*q), values
 
 
 def quantize_transpose(

@@ -27,6 +27,7 @@ class Backend(NamedTuple):
     quantize_mxfp8: Callable[..., tuple[Tensor, Tensor]]
     dequantize_mxfp8: Callable[..., Tensor]
     fake_quantize: Callable[..., tuple[Tensor, Tensor]]
+    quantize_with_values: Callable[..., tuple[Quantized, Tensor]]
     quantize_transpose: Callable[..., tuple[Quantized, Quantized]]
     quantize_many: Callable[..., list[Quantized]]
     swizzle: Callable[[Tensor], Tensor]
@@ -88,6 +89,7 @@ def _triton() -> Backend:
     own = _composed(quantize.quantize, dequantize.dequantize, mxfp8.quantize, mxfp8.dequantize)
     return own._replace(
         fake_quantize=fake_quantize.fake_quantize,
+        quantize_with_values=fake_quantize.quantize_with_values,
         quantize_transpose=functools.partial(_triton_transpose, own.quantize_transpose),
         quantize_many=functools.partial(_triton_many, own.quantize_many),
         swizzle=swizzle.swizzle,
@@ -141,6 +143,10 @@ def _composed(
         packed, block_scale, tensor_scale, _ = quantize(x, fmt, **options)
         return dequantize(packed, block_scale, None if unscaled else tensor_scale, x.dtype), tensor_scale
 
+    def quantize_with_values(x: Tensor, fmt: NVFP4, **options: Any) -> tuple[Quantized, Tensor]:
+        q = quantize(x, fmt, **options)
+        return q, dequantize(q[0], q[1], None, x.dtype)
+
     def quantize_transpose(
         x: Tensor,
         fmt: NVFP4,
@@ -168,6 +174,7 @@ def _composed(
         quantize_mxfp8,
         dequantize_mxfp8,
         fake_quantize,
+        quantize_with_values,
         quantize_transpose,
         quantize_many,
         swizzle.swizzle,

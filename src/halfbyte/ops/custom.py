@@ -149,6 +149,29 @@ def _(x: Tensor, amax: Tensor | None, fmt: str, unscaled: bool, per_matrix: bool
     return x.new_empty(x.shape), _empty(x, _read(fmt), per_matrix)[2]
 
 
+@torch.library.custom_op("halfbyte::quantize_with_values", mutates_args=())
+def quantize_with_values(
+    x: Tensor,
+    amax: Tensor | None,
+    fmt: str,
+    per_matrix: bool,
+    rng: Sequence[int] | None,
+    first_block: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.quantize_with_values`, its tensors in a row."""
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    (packed, block_scale, tensor_scale, out_amax), values = backend(impl).quantize_with_values(x, _read(fmt), **options)
+    return packed, block_scale, tensor_scale, out_amax, values
+
+
+@quantize_with_values.register_fake
+def _(
+    x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (*_empty(x, _read(fmt), per_matrix), x.new_empty(x.shape))
+
+
 @torch.library.custom_op("halfbyte::quantize_transpose", mutates_args=())
 def quantize_transpose(
     x: Tensor,
