@@ -38,7 +38,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def sums(q: hb.QuantizedTensor | Tensor) -> Tensor:
     """float64 of what the operand stands for: q·s·S_dec, not rounded."""
-    if isinstance(q, Tensor):
+    if not isinstance(q, hb.QuantizedTensor):
         return q.double().cpu()
     if isinstance(q.format, hb.MXFP8):
         return q.dequantize(impl="reference").double().cpu()
@@ -255,7 +255,7 @@ SHAPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "block scales of another shape": (lambda: hb.linear(X.replace(block_scale=X.block_scale.mT), W), "block scales"),
     "block scales as bytes": (lambda: hb.linear(X.replace(block_scale=X.block_scale.view(torch.uint8)), W), "uint8"),
-    "swizzled, and not said": (lambda: hb.linear(replace(X.swizzle(), swizzled=False), W), "swizzled=True"),
+    "swizzled, and not said": (lambda: hb.linear(X.swizzle().replace(swizzled=False), W), "swizzled=True"),
     "other columns": (lambda: hb.linear(X, hb.quantize(torch.ones(16, 32), TENSOR)), "last dimensions must be equal"),
     "w of three dimensions": (lambda: hb.linear(X, hb.quantize(torch.ones(2, 16, 64), TENSOR)), r"w is \(N, K\)"),
     "not a tensor": (lambda: hb.linear(None, W), "x is NoneType"),
