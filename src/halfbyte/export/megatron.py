@@ -107,12 +107,21 @@ class Model:
                 return tuple(found)
         return ()
 
+    @cached_property
+    def _found(self) -> dict[str, Parameter]:
+        return {}  # what was asked for: a trainer asks the same at every sync
+
     def parameter(self, name: str) -> Parameter:
         """What a parameter holds, by its global name: layers and experts counted over all ranks.
 
         Raises:
             CheckpointError: no rule knows it, or the model lacks the tensors that it should hold.
         """
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> Parameter:
         plain = names.plain_megatron(name).removeprefix("language_model.")
         rules = list(self._rules(plain))
         for found in rules:
