@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
     return models.moe(shared="shared_expert").save(tmp_path / "source", 2)
 
 
-@pytest.mark.parametrize("command", ["convert", "recipes", "verify", "dequantize", "demo"])
+@pytest.mark.parametrize("command", ["convert", "recipes", "verify", "inspect", "diff", "dequantize", "demo"])
 def test_help_has_examples(command: str) -> None:
     has(succeeds(command, "--help"), "Example", f"halfbyte {command}")
 

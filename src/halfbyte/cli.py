@@ -13,7 +13,7 @@ from .checkpoint.config import Activations, KVCache
 from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .cli_calibrate import calibrate
-from .cli_inspect import inspect
+from .cli_inspect import diff, inspect
 from .cli_tools import Device, Json, emit, errors, progress, status, usable_device, warn
 from .cli_verify import verify
 from .errors import FormatError
@@ -175,6 +175,11 @@ app.command(
     epilog="Examples: `halfbyte inspect out` · `halfbyte inspect out --against ./model --html report.html` · "
     "`halfbyte inspect nvidia/Qwen3-8B-NVFP4 --json`"
 )(inspect)
+
+
+app.command(
+    epilog="Examples: `halfbyte diff out other-out` · `halfbyte diff out nvidia/Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B`"
+)(diff)
 
 
 @app.command(epilog="Example: `halfbyte dequantize out decoded`")

@@ -45,3 +45,26 @@ def inspect(
     emit(as_json, data, lambda console: print_inspection(console, found))
     if html is not None and not as_json:
         print(f"report: {html}")
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: directory or hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another; it may be in another layout.")],
+    source: Annotated[
+        str | None, typer.Option(help="The model that both were made from: name the rules that they follow.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Where two checkpoints first differ, by how much, and by whose rule: exit code 0 if nowhere, else 1."""
+    from .checkpoint.diff import diff as run
+    from .checkpoint.hub import resolve
+    from .checkpoint.shards import Checkpoint
+    from .report.diff import print_diff
+
+    with errors(as_json):
+        first, second = resolve(a), resolve(b)
+        original = None if source is None else resolve(source)
+        with progress("compare", Checkpoint(first).nbytes) as advance:
+            found = run(first, second, original, advance)
+    emit(as_json, found.to_json, lambda console: print_diff(console, found))
+    raise typer.Exit(0 if found.same else 1)

@@ -114,7 +114,7 @@ def measure(
     for weight in found.weights:
         result = Measured(weight)
         try:
-            original = None if source is None else _original(weight, source, originals)
+            original = None if source is None else find_original(weight, source, originals)
             _measure(result, found, source, original, device)
         except HalfbyteError as error:
             result.problem = str(error)
@@ -124,7 +124,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Original:
+class Original:
     """Where a weight's original is: a tensor of the source, or a part of one."""
 
     tensor: str
@@ -139,12 +139,13 @@ class _Original:
         return (*leading, slice(first + rows.start, first + rows.stop))
 
 
-def _original(weight: Weight, source: Checkpoint, originals: dict[str, Planned]) -> _Original:
+def find_original(weight: Weight, source: Checkpoint, originals: dict[str, Planned]) -> Original:
+    """A weight in a source whose `places` are given; HalfbyteError where it is not there, or of another shape."""
     name = weight.name.full
     if (planned := originals.get(name)) is not None:
-        original, shape = _Original(planned.source, planned.index), planned.shape
+        original, shape = Original(planned.source, planned.index), planned.shape
     elif name in source.tensors:  # a stack that both have as one
-        original, shape = _Original(name, ()), source.tensors[name].shape
+        original, shape = Original(name, ()), source.tensors[name].shape
     else:
         raise HalfbyteError("is not in the source")
     if shape != weight.shape:
@@ -153,7 +154,7 @@ def _original(weight: Weight, source: Checkpoint, originals: dict[str, Planned])
 
 
 def _measure(
-    result: Measured, found: Survey, source: Checkpoint | None, original: _Original | None, device: torch.device | str
+    result: Measured, found: Survey, source: Checkpoint | None, original: Original | None, device: torch.device | str
 ) -> None:
     weight = result.weight
     scale = found.tensor_scale(weight, 0 if len(weight.shape) == 3 else None)
@@ -205,12 +206,12 @@ def _add_error(result: Measured, q: QuantizedTensor, decoded: Tensor, x: Tensor)
         clipped = int((largest > E2M1_MAX * scale * _ROUNDED_DOWN).sum())
         result.clipped = (result.clipped or 0) + clipped
     difference = decoded.sub_(x)
-    result.squared_error = (result.squared_error or 0.0) + _squares(difference)
-    result.squared_norm = (result.squared_norm or 0.0) + _squares(x)
+    result.squared_error = (result.squared_error or 0.0) + squares(difference)
+    result.squared_norm = (result.squared_norm or 0.0) + squares(x)
     result.largest_error = max(result.largest_error or 0.0, float(difference.abs().amax()))
 
 
-def _squares(matrix: Tensor) -> float:
+def squares(matrix: Tensor) -> float:
     """Sum of squares: of a row in float32, unless that may leave its range, of rows in float64."""
     norms = torch.linalg.vector_norm(matrix, dim=-1).double()
     if not 1e-12 < float(norms.amax()) < 1e18:

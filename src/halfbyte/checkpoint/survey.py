@@ -148,7 +148,7 @@ class Survey:
     def chunks(self, weight: Weight) -> Iterator[tuple[int | None, slice]]:
         """(matrix, rows) of parts that fit into little memory."""
         columns = weight.shape[-1]
-        step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+        step = max(16, CHUNK_ELEMENTS // max(columns, 1) // 16 * 16)  # whole blocks of 16×16
         for matrix in range(weight.shape[0]) if len(weight.shape) == 3 else (None,):
             for first in range(0, weight.shape[-2], step):
                 yield matrix, slice(first, min(first + step, weight.shape[-2]))
