@@ -17,10 +17,10 @@ test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -m gpu tests/kernels, python3 benchmarks.
+# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -m gpu tests/kernels tests/calib, python3 benchmarks.
 test-gpu: $(READY)
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU")'
-	$(BIN)/python -m pytest -q -m gpu tests/kernels
+	$(BIN)/python -m pytest -q -m gpu tests/kernels tests/calib
 
 bench: $(READY)
 	$(BIN)/python benchmarks --json
