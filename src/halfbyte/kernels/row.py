@@ -16,12 +16,14 @@ from ..formats import NVFP4
 from . import _target
 from ._launch import launch, next_power_of_2
 from ._maxima import block_abs_max, reduce_max
-from ._primitives import e4m3_code, jit, tensor_scales
+from ._primitives import e4m3_code, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
 from ._tiles import Matrices, load_blocks
 
+LEAST = 32  # blocks: a warp's threads, whether they have work or not
 
-@jit
+
+@jit_varying("rows")
 def _quantize_row(
     x_ptr, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr, rows, blocks_per_row, stride_p, stride_m, stride_k,
     NB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr,
@@ -63,10 +65,11 @@ def quantize_into(
     tensor_scale: Tensor,
     amax_out: Tensor,
     mode: str = "packed",
+    sizes: tuple[int, ...] = (),
 ) -> None:
-    """One launch; see `quantize.quantize`."""
+    """One launch; see `quantize.quantize`. sizes: what a program may be made for, in blocks; powers of two if empty."""
     blocks_per_row = m.columns // 16
-    nb = next_power_of_2(blocks_per_row)
+    nb = next(s for s in sizes if s >= blocks_per_row) if sizes else max(next_power_of_2(blocks_per_row), LEAST)
     launch(
         _quantize_row, m.matrices * m.rows, (m.x, packed, scale, tensor_scale, amax_out),
         (m.rows, blocks_per_row, m.stride_p, m.stride_m, m.stride_k),
