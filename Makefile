@@ -17,10 +17,11 @@ test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -m gpu tests/kernels tests/calib, python3 benchmarks.
+# Nearly all of it is compilation, so eight processes share it; without pytest-xdist leave -n and --dist out.
+# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -n 8 -m gpu tests, python3 benchmarks.
 test-gpu: $(READY)
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU")'
-	$(BIN)/python -m pytest -q -m gpu tests/kernels tests/calib
+	$(BIN)/python -m pytest -q -n 8 --dist worksteal -m gpu tests/kernels tests/calib tests/export tests/test_tensor_gpu.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks --json

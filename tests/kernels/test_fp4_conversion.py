@@ -114,7 +114,7 @@ def compiled_ptx(capability: int, native: int) -> tuple[str, bytes]:
     """The kernel for dense bfloat16, compiled and assembled; needs no GPU."""
     kernel = quantize._quantize_1x16
     constants = {
-        "BB": 128, "STEPS": 1, "EVEN": True, "SINGLE": True, "DENSE": True, "REVERSE": False, "KIND": 0,
+        "BB": 128, "STEPS": 1, "EVEN": True, "SINGLE": True, "DENSE": True, "KIND": 0,
         "OUT": "packed", "F": NVFP4(), "NATIVE": native,
     }  # fmt: skip
     pointers = {"x_ptr": "*bf16", "out_ptr": "*u8", "scale_ptr": "*u8"}

@@ -35,7 +35,7 @@ def together(xs: list[Tensor], fmt: NVFP4) -> Tensor:
 def test_each_as_the_contract(fmt: NVFP4, nan: bool, rng: torch.Generator) -> None:
     if fmt.hadamard and nan:
         pytest.skip("what the transform makes of NaN is outside the contract")
-    for dtype in (DTYPES[FORMATS.index(fmt)],) if INTERPRETING else DTYPES:
+    for dtype in DTYPES if fmt == NVFP4() and not INTERPRETING else (DTYPES[FORMATS.index(fmt)],):
         xs = tensors(rng, dtype)
         if nan:
             xs[2][3, 5] = float("nan")

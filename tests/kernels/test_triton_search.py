@@ -40,7 +40,7 @@ def test_equals_the_contract(fmt: NVFP4, rng: torch.Generator) -> None:
     if INTERPRETING:  # slow: one kind of extra argument each, and every third input
         x = torch.stack(list(searched(rng, (3, 16), torch.bfloat16).values())[::3])
         return check(x, fmt, per_matrix=True, **extras(rng, fmt, 16)[FORMATS.index(fmt) % 2])
-    for dtype in DTYPES:
+    for dtype in DTYPES if fmt == FORMATS[0] else (torch.bfloat16, torch.float32):
         x = torch.stack(list(searched(rng, (37, 144), dtype).values()))
         for extra in extras(rng, fmt, 144):
             check(x, fmt, per_matrix=True, **extra)
@@ -65,9 +65,10 @@ def test_nan_infinity_and_strides(fmt: NVFP4, rng: torch.Generator) -> None:
     for extra in extras(rng, fmt, 96)[-1:]:
         check(x, fmt, **extra)
         check(x, fmt, amax=torch.full((33,) if fmt.scaling == "row" else (), 2.5), **extra)
-    for view in views(rng, torch.bfloat16).values():
-        if view.is_contiguous() or view.stride(-1) == 0:
-            continue
+    if fmt.error == "mae":
+        return  # how elements are found does not depend on the error
+    few = ("transposed", "offset columns", "every other column", "permuted, last too")
+    for view in (view for name, view in views(rng, torch.bfloat16).items() if name in few):
         moved = view.to(DEVICE)  # the same strides, but for broadcast ones
         for extra in extras(rng, fmt, view.shape[-1])[-1:]:
             got = quantize.quantize(moved, fmt, **{name: v.to(DEVICE) for name, v in extra.items()})

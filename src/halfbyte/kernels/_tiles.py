@@ -18,7 +18,7 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Matrices(NamedTuple):
-    """An input seen as P matrices of M rows and K columns, by strides in elements."""
+    """An input seen as P matrices of M rows and K columns, by strides in elements; 0 where dense."""
 
     x: Tensor  # what the strides belong to; its own shape may be another
     matrices: int  # P
@@ -39,7 +39,7 @@ def as_matrices(x: Tensor, per_matrix: bool) -> Matrices:
         count, rows, strides, contiguous = _geometry(x.shape, x.stride(), per_matrix)
     kind = KINDS[x.dtype]
     dense = contiguous and x.data_ptr() % (8 if kind == 2 else 4) == 0
-    stride_p, stride_m, stride_k = strides
+    stride_p, stride_m, stride_k = (0, 0, 0) if dense else strides  # not read where dense, and then all alike
     return Matrices(x, count, rows, x.shape[-1], stride_p, stride_m, stride_k, dense, kind)
 
 

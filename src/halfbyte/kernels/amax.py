@@ -15,7 +15,7 @@ from ..formats import NVFP4
 from . import _target
 from ._launch import cdiv, launch, next_power_of_2
 from ._maxima import block_abs_max, running_abs_max, running_abs_max_bits
-from ._primitives import jit
+from ._primitives import jit, jit_varying
 from ._rules import hadamard, hadamard_words
 from ._tiles import Matrices, load_blocks
 
@@ -68,7 +68,7 @@ def block_amax_tiles(
     tl.atomic_max(bits_ptr + p, tl.max(largest, 0), sem="relaxed")
 
 
-@jit
+@jit_varying("blocks", "blocks_per_row", "programs")
 def _tensor_amax(
     x_ptr, amax_ptr, blocks, blocks_per_row, programs, stride_p, stride_m, stride_k,
     BB: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr,
@@ -86,14 +86,17 @@ def _tensor_amax(
         )  # fmt: skip
 
 
-@jit
+@jit_varying("rows", "columns")
 def _row_amax(
     x_ptr, amax_ptr, rows, columns, stride_p, stride_m, stride_k,
     NB: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    base = (pid // rows).to(tl.int64) * stride_p + (pid % rows).to(tl.int64) * stride_m
+    if DENSE:
+        base = pid.to(tl.int64) * columns
+    else:
+        base = (pid // rows).to(tl.int64) * stride_p + (pid % rows).to(tl.int64) * stride_m
     pairs = tl.arange(0, 8)
     bits = tl.zeros((), tl.int32)
     for step in tl.static_range(STEPS):

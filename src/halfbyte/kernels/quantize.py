@@ -80,16 +80,18 @@ def quantize_tile(
         tl.store(amax_out_ptr + p, amax)
 
 
-@jit_varying("seed", "offset", "first_block")
+@jit_varying(
+    "blocks_per_row", "tiles", "amax_stride_p", "amax_stride_m", "reverse", "seed", "offset", "first_block"
+)  # fmt: skip
 def _quantize_1x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
     blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
-    seed: tl.int64, offset: tl.int64, first_block: tl.int64,
+    reverse, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     BB: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
-    REVERSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if REVERSE:  # what the amax kernel read last is still in the L2 cache
+    if reverse != 0:  # what the amax kernel read last is still in the L2 cache
         pid = tl.num_programs(0) - 1 - pid
     p = tl.zeros((), tl.int64) if SINGLE else (pid // tiles).to(tl.int64)
     start = pid * (BB * STEPS) if SINGLE else pid % tiles * (BB * STEPS)
@@ -112,16 +114,18 @@ def _quantize_1x16(
         )  # fmt: skip
 
 
-@jit_varying("seed", "offset", "first_block")
+@jit_varying(
+    "rows", "blocks_per_row", "row_tiles", "column_tiles", "amax_stride_p", "reverse", "seed", "offset", "first_block"
+)  # fmt: skip
 def _quantize_16x16(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
-    seed: tl.int64, offset: tl.int64, first_block: tl.int64,
-    NB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr, REVERSE: tl.constexpr,
+    reverse, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
+    NB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
     KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if REVERSE:
+    if reverse != 0:
         pid = tl.num_programs(0) - 1 - pid
     if SINGLE:
         p = tl.zeros((), tl.int64)
@@ -228,7 +232,8 @@ def dispatch(
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
         row.quantize_into(m, fmt, *out, mode, values)
     elif plain and m.rows * m.columns <= SMALL and fmt.rounding == "nearest" and fmt.scale_rule != "search":
-        row.quantize_into(m._replace(rows=1, columns=m.rows * m.columns), fmt, *out, mode, values)  # one row
+        long = m._replace(rows=1, columns=m.rows * m.columns)  # a matrix as one row, and few sizes to compile for
+        row.quantize_into(long, fmt, *out, mode, values, sizes=(128, 512, 2048))
     elif plain and m.matrices > 1 and mode == "packed" and fmt.scale_rule == "amax":
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
@@ -267,8 +272,8 @@ def launch(
         launch_kernel(
             _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out, values),
             (blocks, blocks_per_row, tiles, stride_p, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
-            (seed, offset, first_block),
-            BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse,
+            (int(reverse), seed, offset, first_block),
+            BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense,
             KIND=m.kind, OUT=mode, F=fmt, NATIVE=native, num_warps=warps, maxnreg=64 if alone else None,
         )  # fmt: skip
         return
@@ -280,21 +285,21 @@ def launch(
         _quantize_16x16, row_tiles * column_tiles * m.matrices,
         (m.x, packed, scale, amax, tensor_scale, amax_out, values),
         (m.rows, blocks_per_row, row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
-        (seed, offset, first_block),
+        (int(reverse), seed, offset, first_block),
         NB=nb, EVEN=m.rows % 16 == 0 and blocks_per_row % nb == 0,
-        SINGLE=m.matrices == 1, DENSE=m.dense, REVERSE=reverse, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
+        SINGLE=m.matrices == 1, DENSE=m.dense, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
         num_warps=warps, maxnreg=96 if fmt.scale_rule == "four_over_six" else None,
     )  # fmt: skip
 
 
-@jit
+@jit_varying("amax_stride", "count")
 def _scales(
-    amax_ptr, tensor_scale_ptr, amax_out_ptr, amax_stride, count, B: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr
+    amax_ptr, tensor_scale_ptr, amax_out_ptr, amax_stride, count, B: tl.constexpr, E: tl.constexpr, NATIVE: tl.constexpr
 ):
     i = tl.program_id(0) * B + tl.arange(0, B)  # [B]
     amax = tl.load(amax_ptr + i * amax_stride, mask=i < count, other=0.0)
     tl.store(amax_out_ptr + i, amax, mask=i < count)
-    tl.store(tensor_scale_ptr + i, tensor_scales(amax, F.e4m3_max, NATIVE)[1], mask=i < count)
+    tl.store(tensor_scale_ptr + i, tensor_scales(amax, E, NATIVE)[1], mask=i < count)
 
 
 def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt: NVFP4) -> None:
@@ -304,7 +309,7 @@ def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt
         amax = tensor_scale.new_zeros(()) if amax is None else amax.contiguous()
         launch_kernel(
             _scales, cdiv(count, 128), (amax, tensor_scale, amax_out), (0 if amax.numel() == 1 else 1, count),
-            B=128, F=fmt, NATIVE=_target.native_level(tensor_scale.device),
+            B=128, E=fmt.e4m3_max, NATIVE=_target.native_level(tensor_scale.device),
         )  # fmt: skip
 
 

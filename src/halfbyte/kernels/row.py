@@ -16,12 +16,14 @@ from ..formats import NVFP4
 from . import _target
 from ._launch import launch, next_power_of_2
 from ._maxima import block_abs_max, reduce_max
-from ._primitives import e4m3_code, jit, tensor_scales
+from ._primitives import e4m3_code, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
 from ._tiles import Matrices, load_blocks
 
+LEAST = 32  # blocks: a warp's threads, whether they have work or not
 
-@jit
+
+@jit_varying("rows")
 def _quantize_row(
     x_ptr, out_ptr, scale_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
     rows, blocks_per_row, stride_p, stride_m, stride_k,
@@ -65,10 +67,11 @@ def quantize_into(
     amax_out: Tensor,
     mode: str = "packed",
     values: Tensor | None = None,
+    sizes: tuple[int, ...] = (),
 ) -> None:
-    """One launch; see `quantize.quantize`."""
+    """One launch; see `quantize.quantize`. sizes: what a program may be made for, in blocks; powers of two if empty."""
     blocks_per_row = m.columns // 16
-    nb = next_power_of_2(blocks_per_row)
+    nb = next(s for s in sizes if s >= blocks_per_row) if sizes else max(next_power_of_2(blocks_per_row), LEAST)
     launch(
         _quantize_row, m.matrices * m.rows,
         (m.x, packed, scale, tensor_scale, amax_out, packed if values is None else values),

@@ -21,13 +21,13 @@ from ._curvature import curvature
 from ._launch import cdiv
 from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max, reduce_max
-from ._primitives import e4m3_code, element_scale, jit, tensor_scales
+from ._primitives import e4m3_code, element_scale, jit_varying, tensor_scales
 from ._rules import hadamard, store_elements
 from ._search import code_value, codes
 from ._tiles import Matrices, load_blocks
 
 
-@jit
+@jit_varying("rows", "blocks_per_row", "row_tiles", "column_tiles", "amax_stride_p", "amax_stride_m")
 def _search(
     x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, w_ptr, h_ptr, mu_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,

@@ -63,7 +63,7 @@ def _quantize_rows(
         tl.store(scale_ptr + first + block, e4m3_code(scale), mask=mask)
 
 
-@jit_varying("seed", "offset", "first_block")
+@jit_varying("amax_stride", "row_amax_stride", "seed", "offset", "first_block")
 def _quantize(
     x_ptr, packed_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
     row_packed_ptr, row_scale_ptr, row_amax_ptr, row_tensor_scale_ptr, row_amax_out_ptr,
