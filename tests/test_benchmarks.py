@@ -43,3 +43,14 @@ def test_tables_in_documents_are_those_of_the_results() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     equal(done.returncode, 0, done.stderr)
+
+
+def test_training(tmp_path: Path) -> None:
+    file = tmp_path / "training.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--small", "--no-llama", "--device", "cpu"]
+    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300, check=False)
+    equal(done.returncode, 0, done.stderr[-2000:])
+    true("the gate: forward and gradients are the formulas'" in done.stdout, done.stdout)
+    result = json.loads(file.read_text())
+    equal(set(result["linear"]["milliseconds"]), {"bf16", "high_precision", "dequantized", "quantized"})
+    true(result["saved_activations_of_bf16"]["dequantized"] <= 0.32, "4 bytes per row beside 64 columns")

@@ -30,7 +30,7 @@ def shards(rank: int) -> dict[str, bool]:
     group = dist.group.WORLD
     results = {}
     for seed, nan in ((0, False), (1, True)):
-        x = torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
         x[5, 7] = float("nan") if nan else 30.0
         for fmt in (hb.NVFP4(), SQUARE, hb.NVFP4(scale_rule="four_over_six"), HADAMARD, hb.MXFP8()):
             whole = encode(x, fmt)
