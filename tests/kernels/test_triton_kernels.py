@@ -115,7 +115,8 @@ def test_any_strides_without_a_copy(fmt: NVFP4, make: Callable[..., Tensor]) -> 
         *(((torch.float16, "wide"), (torch.float32, "wide")) if fmt in KERNELS else ()),
     ):
         base = make(kind, dtype, (48, 80))
-        for view in (base.mT[:, :48], base[3:40:2, 16:64], base[:, ::2][:, :32], base.view(4, 12, 80).mT[:, :, :0]):
+        views = (base.mT[:, :48], base[3:40:2, 16:64], base[:, ::2][:, :32], base.view(4, 12, 80).mT[:, :, :0])
+        for view in views if fmt in KERNELS else views[:1]:  # a kernel for each kind of stride
             wanted = nvfp4.quantize(view, fmt, rng=random_words(fmt))
             moved = base.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
             check(quantize.quantize(moved, fmt, rng=random_words(fmt)), wanted, f"{dtype} {view.stride()}")
