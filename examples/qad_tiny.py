@@ -1,7 +1,7 @@
 """Quantization-aware distillation: a 4-bit student learns its own high-precision teacher's distribution.
 
     python examples/qad_tiny.py                                     # the shipped model, under a minute on two cores
-    python examples/qad_tiny.py --steps 400 --batch 8 --window 511 --device cuda
+    python examples/qad_tiny.py --steps 400 --batch 8 --window 511 --lr 1e-4 --device cuda
     python examples/qad_tiny.py --model gemma-3-270m --steps 300 --batch 8 --window 511 --device cuda --lr 1e-5
 
 Prints the mean KL divergence to the teacher, per token of a held-out text, of plain NVFP4 (weights and activations) and
@@ -82,10 +82,10 @@ def train(student: Any, teacher: Any, ids: Tensor, tokenizer: Any, args: argpars
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DATA / "tiny")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--window", type=int, default=128, help="tokens of a training sequence")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-windows", type=int, default=4, help="of 511 tokens of the held-out text")
     parser.add_argument("--device", default="cpu")
