@@ -62,10 +62,10 @@ def fail(message: str, as_json: bool) -> NoReturn:
 
 
 def escape(message: str) -> str:
-    """Text that rich prints as it is."""
+    """Text that rich prints as it is; what a terminal would take for a command is shown instead of done."""
     from rich.markup import escape
 
-    return escape(message)
+    return escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 @contextlib.contextmanager

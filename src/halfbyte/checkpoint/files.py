@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that are read at most, as the safetensors library limits its headers."""
 TEMPORARY = ".tmp"
+_MAX_DEPTH = 100
 _CHUNK = 1 << 24
 
 
@@ -48,6 +49,7 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         found = json.loads(data.decode(), object_pairs_hook=_unique)
         json.dumps(found, ensure_ascii=False).encode()  # lone surrogates are no text
+        _check_depth(found)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not readable as JSON ({error})") from error
     return found
@@ -59,6 +61,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {twice!r} is there twice")
     return found
+
+
+def _check_depth(found: Any) -> None:
+    """Refuse what code that follows the structure could not follow."""
+    level = [found] if isinstance(found, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        containers = [v for value in level for v in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in containers if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

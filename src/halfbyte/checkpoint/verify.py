@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import HalfbyteError
+from ..errors import CheckpointError, HalfbyteError
 from ..formats import MXFP8, NVFP4, Format
 from ..names import Name
 from .config import Group, Quantization, hf_quant_config, quantization_config, read_quantization
-from .exclusion import disagreements, engine_layer, excluded_by_compressed_tensors
+from .exclusion import check_patterns, disagreements, engine_layer, excluded_by_compressed_tensors
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
 from .options import Options
@@ -68,6 +68,11 @@ def open_quantized(directory: Path) -> Contents:
     quantization = read_quantization(checkpoint.config, str(directory / "config.json"))
     elements = {weight_names(quantization.layout, group.format).elements for group in quantization.groups}
     layers = decoder_layers(checkpoint)
+    patterns = [*quantization.ignore, *(target for group in quantization.groups for target in group.targets)]
+    try:
+        check_patterns(patterns, max(map(len, checkpoint.tensors), default=1))
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: quantization_config: {error}") from error
     quantized, excluded = [], []
     formats: dict[str, Format] = {}
     for tensor, info in checkpoint.tensors.items():
