@@ -117,7 +117,7 @@ def test_killed_at_every_call(place: Place, fault: str) -> None:
 def test_killed_at_random_times(place: Place) -> None:
     """Between system calls too: by another process, up to three times in a row."""
     draw = random.Random(0)
-    for trial in range(200):
+    for trial in range(60):
         for attempt in range(draw.randint(1, 3)):
             place.run(resume=attempt > 0 or place.work.exists(), kill_after_seconds=draw.uniform(0, 0.15))
             place.check_no_half(f"trial {trial}")
@@ -132,7 +132,7 @@ def test_killed_at_random_times(place: Place) -> None:
 @pytest.mark.slow
 def test_a_resumed_run_is_killed_too(place: Place) -> None:
     draw = random.Random(1)
-    for trial in range(100):
+    for trial in range(40):
         for attempt in range(3):
             killed(place, draw.choice(["kill", "torn"]), draw.randrange(len(place.calls) // 2), resume=attempt > 0)
             if place.output.exists():
@@ -166,7 +166,7 @@ def test_the_disk_fails(place: Place, fault: str) -> None:
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
 def test_the_disk_fails_at_every_call(place: Place, fault: str, for_good: bool) -> None:
-    for at in range(len(place.calls)):
+    for at in range(int(for_good), len(place.calls), 1 + for_good):
         failed(place, fault, at, for_good=for_good)
 
 
