@@ -51,6 +51,8 @@ class Place:
         for place in (self.output, self.work / "model", self.work):
             if place == self.output and place.exists():
                 equal(files(place), self.wanted, f"{what}: the output")
+            if (place / "config.json").exists():
+                equal(files(place), self.wanted, f"{what}: {place}, which has a config")
             try:
                 Checkpoint(place)
             except CheckpointError:
