@@ -1,6 +1,8 @@
 """The command line: help, exit codes, JSON, and that nothing is left behind."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +61,7 @@ def test_help_names_every_option_of_convert() -> None:
     options = ["--format", "--layout", "--scale-rule", "--error", "--e4m3-max", "--only", "--ignore", "--kv-cache"]
     options += [f"--num-layers-at-{end}-in-bf16" for end in ("start", "end")]
     options += [f"--extra-high-precision-layers-{side}" for side in ("hf", "megatron")]
-    options += ["--include-mtp", "--activations", "--device", "--dry-run", "--json", "--max-shard-gb"]
+    options += ["--include-mtp", "--activations", "--device", "--dry-run", "--json", "--max-shard-gb", "--resume"]
     has(succeeds("convert", "--help"), *options)
 
 
@@ -246,29 +248,119 @@ def test_verify_prints_findings_as_they_are(tmp_path: Path, source: Path) -> Non
 def test_interrupted_half_way(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    before, quantized = sorted(tmp_path.rglob("*")), []
+    """What is finished stays, but is no model; --resume ends with the same bytes and does only the rest."""
+    before, quantized = sorted(tmp_path.iterdir()), []
+    options = ("--max-shard-gb", "0.00002", "--device", "cpu")
+    succeeds("convert", source, tmp_path / "whole", *options)
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    shutil.rmtree(tmp_path / "whole")
 
     def fail(*arguments: Any) -> Any:
         quantized.append(arguments)
-        if len(quantized) == 7:
-            true(list(tmp_path.glob(".out.*.partial/*.safetensors")), "writing has not begun")
+        if len(quantized) == 27:
             raise error
         return weights.quantize_groups(*arguments)
 
     monkeypatch.setattr(converting, "quantize_groups", fail)
-    true(cli("convert", source, tmp_path / "out").exit_code not in (0, None), "a failure that looks like success")
-    equal((len(quantized), sorted(tmp_path.rglob("*"))), (7, before))
+    done = cli("convert", source, tmp_path / "out", *options)
+    true(done.exit_code not in (0, None), "a failure that looks like success")
+    partial = tmp_path / "out.partial"
+    has(done.stderr, f"stopped; what is finished is kept in {partial}. Go on with: halfbyte ", " --resume")
+    equal((len(quantized), sorted(tmp_path.iterdir())), (27, sorted([*before, partial])))
+    shards = sorted(path.name for path in (partial / "model").iterdir())
+    true(shards and all(name.endswith(".safetensors") for name in shards), f"only finished shards: {shards}")
+    has(
+        cli("convert", source, tmp_path / "out", *options).stderr,
+        f"{partial}: left by a job that was interrupted; go on",
+    )
+    quantized.clear()
+    report = parsed("convert", source, tmp_path / "out", *options, "--resume")
+    equal(report["shards_resumed"], len(shards))
+    true(0 < len(quantized) < 27, f"{len(quantized)} weights were quantized again")
+    equal({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}, wanted)
+    equal(sorted(tmp_path.iterdir()), sorted([*before, tmp_path / "out"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda s: None, ("--scale-rule", "search"), "format.scale_rule was 'amax', now is 'search'"),
+        (lambda s: None, ("--max-shard-gb", "0.00003"), "max_shard_bytes was 20000, now is 30000"),
+        (lambda s: None, ("--kv-cache", "fp8"), "kv_cache was 'none', now is 'fp8'"),
+        (lambda s: os.utime(s / "config.json", (1, 1)), (), "source.config.json.modified was '2"),
+        (lambda s: (s / "tokenizer.json").write_text("{}"), (), "source.tokenizer.json.bytes was 31, now is 2"),
+        (lambda s: (s / "new.txt").write_text("{}"), (), "source.new.txt was None, now is {'bytes': 2, "),
+        (lambda s: models.moe(layers=3).save(s.parent / "m", 2).rename(s), (), "source.model-00001-of-00002.safeten"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_resumed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, change: Any, options: tuple[str, ...], message: str
+) -> None:
+    """The difference is named, and nothing is touched."""
+
+    def fail(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "quantize_groups", fail)
+        cli("convert", source, tmp_path / "out", "--max-shard-gb", "0.00002")
+    if "models" in message or "00001" in message:
+        shutil.rmtree(source)
+    change(source)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = () if "--max-shard-gb" in options else ("--max-shard-gb", "0.00002")
+    done = cli("convert", source, tmp_path / "out", *arguments, *options, "--resume")
+    equal(done.exit_code, 2, done.output)
+    has(done.stderr, f"error: {tmp_path / 'out.partial'}: cannot be resumed: ", message, "remove it to begin again")
+    true("Go on with" not in done.stderr, done.stderr)
+    equal(sorted(tmp_path.rglob("*")), before)
+
+
+def test_resume_touches_nothing_of_others(tmp_path: Path, source: Path) -> None:
+    """A directory that no conversion left, a calibration's store among them."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "calibration.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("convert", source, tmp_path / "out", "--resume")
+    equal(done.exit_code, 2, done.output)
+    has(
+        done.stderr, "out.partial: holds calibration.json, which no interrupted conversion leaves; remove the directory"
+    )
+    equal(sorted(tmp_path.rglob("*")), before)
+
+
+def test_a_finished_shard_that_was_changed_is_written_again(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-shard-gb", "0.00002", "--device", "cpu")
+    succeeds("convert", source, tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "write_configs", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        true(cli("convert", source, tmp_path / "out", *options).exit_code == 130, "not interrupted")
+    shard = sorted((tmp_path / "out.partial" / "model").glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    report = parsed("convert", source, tmp_path / "out", *options, "--resume")
+    equal(report["shards_resumed"], report["shards"] - 1)
+    for path in (tmp_path / "whole").iterdir():
+        equal((tmp_path / "out" / path.name).read_bytes(), path.read_bytes(), path.name)
 
 
 def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: ShardWriter, name: str, tensor: torch.Tensor) -> str:
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(ShardWriter, "write", fail)
-    done = cli("convert", source, tmp_path / "out")
-    equal((done.exit_code, done.stderr.strip()), (2, f"error: {tmp_path / 'out'}: No space left on device"))
-    equal(sorted(tmp_path.rglob("*")), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", fail)
+        done = cli("convert", source, tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    what = f"{tmp_path / 'out'}: No space left on device; what is finished is kept in {partial}: go on with --resume"
+    equal(done.exit_code, 2)
+    has(done.stderr, f"error: {what}", "Go on with: halfbyte ")
+    equal(list((partial / "model").iterdir()), [])
+    succeeds("convert", source, tmp_path / "out", "--resume")
+    equal(sorted(tmp_path.iterdir()), [tmp_path / "out", source])
 
 
 def test_hub_ids(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .cli_calibrate import calibrate
 from .cli_inspect import diff, inspect
-from .cli_tools import Device, Json, emit, errors, progress, status, usable_device, warn
+from .cli_tools import Device, Json, emit, errors, progress, resumable, status, usable_device, warn
 from .cli_verify import verify
 from .errors import FormatError
 from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
@@ -35,7 +35,8 @@ app = typer.Typer(
     epilog="Examples: `halfbyte convert Qwen/Qwen3-0.6B out` · "
     "`halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors` · "
     "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run` · "
-    "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8`"
+    "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8` · "
+    "`halfbyte convert ./model out --resume`"
 )
 def convert(
     ctx: typer.Context,
@@ -81,6 +82,7 @@ def convert(
     ] = "none",
     device: Device = "auto",
     max_shard_gb: Annotated[float, typer.Option(help="Size of an output file, in GB.")] = 5.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would become of every tensor, and why.")
     ] = False,
@@ -89,6 +91,7 @@ def convert(
     """Quantize a Hugging Face checkpoint to NVFP4 or MXFP8."""
     from .checkpoint.convert import convert as run
     from .checkpoint.hub import resolve
+    from .checkpoint.journal import working_directory
     from .checkpoint.plan import make_plan
     from .checkpoint.shards import Checkpoint
     from .report.console import plan_json, print_plan, print_report, report_json
@@ -123,13 +126,14 @@ def convert(
                 "input scale 1.0 everywhere: right for engines that scale activations per token; those with a static "
                 "scale clip activations beyond 2688 and flush small ones"
             )
-        with progress("convert", checkpoint.nbytes) as advance:
+        with resumable(working_directory(out_dir)), progress("convert", checkpoint.nbytes) as advance:
             report = run(
                 source,
                 out_dir,
                 options,
                 device=usable_device(device),
                 max_shard_bytes=int(max_shard_gb * 1e9),
+                resume=resume,
                 progress=advance,
             )
         emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
@@ -254,7 +258,18 @@ def _format(
     return NVFP4(**{key: value for key, value in values.items() if value is not None})
 
 
-_BESIDE_RECIPE = ("model", "out_dir", "recipe", "changes", "layout", "device", "max_shard_gb", "dry_run", "as_json")
+_BESIDE_RECIPE = (
+    "model",
+    "out_dir",
+    "recipe",
+    "changes",
+    "layout",
+    "device",
+    "max_shard_gb",
+    "resume",
+    "dry_run",
+    "as_json",
+)
 
 
 def _recipe_options(ctx: typer.Context, name: str | None, changes: list[str] | None, layout: str) -> Options | None:

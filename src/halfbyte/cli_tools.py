@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -56,10 +62,10 @@ def fail(message: str, as_json: bool) -> NoReturn:
 
 
 def escape(message: str) -> str:
-    """Text that rich prints as it is."""
+    """Text that rich prints as it is; what a terminal would take for a command is shown instead of done."""
     from rich.markup import escape
 
-    return escape(message)
+    return escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 @contextlib.contextmanager
@@ -71,6 +77,40 @@ def errors(as_json: bool) -> Iterator[None]:
         fail(str(error), as_json)
     except OSError as error:
         fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), as_json)
+
+
+class _Stopped(BaseException):
+    """A signal that ends the process, as an exception: files are closed, and what is kept is said."""
+
+
+@contextlib.contextmanager
+def resumable(work: Path) -> Iterator[None]:
+    """Whatever stops the command, Ctrl-C and SIGTERM included, ends with how to go on, if that is possible."""
+    from .checkpoint.journal import is_interrupted
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in known} if in_main else {}
+    try:
+        yield
+    except BaseException as error:
+        comes_again = isinstance(error, HalfbyteError) and not isinstance(error.__cause__, OSError)
+        if is_interrupted(work) and not comes_again:
+            arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+            command = shlex.join(["halfbyte", *arguments, "--resume"])
+            text = f"stopped; what is finished is kept in {escape(str(work))}. Go on with: {escape(command)}"
+            Console(stderr=True, soft_wrap=True).print(text, highlight=False)
+        if isinstance(error, _Stopped):
+            raise typer.Exit(128 + error.args[0]) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(128 + signal.SIGINT) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ Tower = Literal["decoder", "mtp", "other"]
 Kind = Literal["attention", "mlp", "experts", "router", "embedding", "lm_head", "conv", "norm", "indexer", "other"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|mtp_layers)\.(\d+)\.")
+_EXPERT = re.compile(r"\b(?P<module>experts)\.(?P<index>\d+)\.")
 _OTHER_TOWER = re.compile(
     r"(?:^|\.)(?:[a-z0-9_]*_)?(?:vision|visual|vit|image|audio|speech|siglip|encoder|talker|code2wav|projector|"
     r"token2wav|aligner|merger)(?:_[a-z0-9_]*)?(?:\.|$)"
@@ -89,7 +90,7 @@ class Name:
         """For a routed expert's weight: path of the module that holds all experts."""
         if self.expert is None:
             return None
-        return self.module[: self.module.index(f".{self.expert}.", self.module.rindex("experts"))]
+        return self.full[: _EXPERT.search(self.full).end("module")]  # type: ignore[union-attr]  # as parse found it
 
 
 def parse(name: str, decoder_layers: int | None = None) -> Name:
@@ -110,8 +111,8 @@ def parse(name: str, decoder_layers: int | None = None) -> Name:
         tower, layer = "mtp", layer - decoder_layers
     else:
         tower = "decoder" if found else "other"
-    expert = re.search(r"\bexperts\.(\d+)\.", name)
-    return Name(name, module, parameter, tower, layer, _kind(module), int(expert[1]) if expert else None)
+    expert = _EXPERT.search(name)
+    return Name(name, module, parameter, tower, layer, _kind(module), int(expert["index"]) if expert else None)
 
 
 def _kind(module: str) -> Kind:
@@ -189,4 +190,4 @@ def plain_megatron(text: str) -> str:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layers.2 before layers.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

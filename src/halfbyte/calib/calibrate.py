@@ -52,7 +52,16 @@ def calibrate(
     report = None
     if ranks.rank == 0:
         progress("writing", 1.0)
-        report = convert(source, output, options, calibrated=store, device=device, max_shard_bytes=max_shard_bytes)
+        report = convert(
+            source,
+            output,
+            options,
+            calibrated=store,
+            device=device,
+            max_shard_bytes=max_shard_bytes,
+            resume=resume,
+            work=work / "conversion",
+        )
         shutil.rmtree(work)
     ranks.wait()
     return report, summary

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.journal import differences
 from ..checkpoint.manifest import format_from_json
 from ..checkpoint.shards import Checkpoint, read_json, tensor_digest, write_json
 from ..errors import CheckpointError
@@ -113,16 +114,6 @@ def weight_tensors(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
     """A weight as the store keeps it."""
     assert q.amax is not None
     return {f"{name}:packed": q.packed, f"{name}:block_scale": q.block_scale, f"{name}:amax": q.amax}
-
-
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in sorted({*before, *now}):
-            found += differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if before == now else [f"{path} was {before!r}, now is {now!r}"]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -70,7 +70,8 @@ def is_quantized(config: dict[str, Any]) -> str | None:
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         found = part.get("quantization_config") or part.get("compression_config")
         if isinstance(found, dict):
-            return str(found.get("quant_method") or found.get("quant_algo") or "unknown")
+            method = str(found.get("quant_method") or found.get("quant_algo") or "unknown")
+            return method if method.isprintable() else ascii(method)
     return None
 
 
@@ -199,7 +200,7 @@ def read_quantization(config: dict[str, Any], where: str) -> Quantization:
 def _read_modelopt(found: dict[str, Any], where: str) -> tuple[tuple[Group, ...], bool]:
     algorithm = found.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
-        if algorithm not in _ALGORITHMS:
+        if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
             known = ", ".join((*_ALGORITHMS, "MIXED_PRECISION"))
             raise CheckpointError(f"{where}: quant_algo {algorithm!r}; halfbyte reads {known}")
         return (Group(_ALGORITHMS[algorithm]),), algorithm == "NVFP4"
@@ -209,7 +210,7 @@ def _read_modelopt(found: dict[str, Any], where: str) -> tuple[tuple[Group, ...]
     modules: dict[Any, list[str]] = {}
     for module, entry in layers.items():
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
-        if algorithm not in _ALGORITHMS:
+        if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
             raise CheckpointError(
                 f"{where}: quantized_layers.{module}: quant_algo {algorithm!r}; halfbyte reads {', '.join(_ALGORITHMS)}"
             )
@@ -234,7 +235,12 @@ def _read_compressed_tensors(found: dict[str, Any], where: str) -> tuple[tuple[G
         group = group if isinstance(group, dict) else {}
         part = group.get("format") if count > 1 else name
         targets = group.get("targets") if count > 1 else ["Linear"]
-        if part not in names or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        if (
+            not isinstance(part, str)
+            or part not in names
+            or not isinstance(targets, list)
+            or not all(isinstance(t, str) for t in targets)
+        ):
             raise CheckpointError(f"{where}: config_groups.{key}: format {part!r} for targets {targets!r}")
         groups.append(Group(names[part], tuple(targets)))
         activations |= part == "nvfp4-pack-quantized" and group.get("input_activations") is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,84 +20,31 @@ from ..tensor import QuantizedTensor
 from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
 from .exclusion import target_list
-from .manifest import write_manifest
+from .journal import Journal, differences, working_directory
+from .manifest import choices, write_manifest
 from .options import Options
+from .pipeline import Budget, WriteBehind, read_ahead
 from .plan import Plan, Planned, make_plan
+from .recorded import RecordedShards, finished_shards, source_files
+from .result import Report as Report
+from .result import WeightReport as WeightReport
+from .result import is_search
 from .schema import Entry, kv_scale_entries, weight_entries, weight_tensors
 from .shards import (
     INDEX,
     SINGLE,
     Checkpoint,
-    ShardWriter,
     TensorInfo,
     copy_companions,
-    whole_or_nothing,
     write_json,
 )
 from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+MEMORY = 1_000_000_000
+"""Bytes of the source that are held at once, unless a single group is larger."""
+_COMPARED = 1 << 24  # elements
 Progress = Callable[[int], None]  # called with the bytes of the source just finished
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """How one weight fared; `bytes` counts its elements and scales, `format` and `tensor_scale` are those written."""
-
-    name: str
-    format: Format
-    tensor_scale: float | None
-    kind: str
-    leaf: str
-    elements: int
-    bytes: int
-    squared_error: float
-    squared_norm: float
-
-    @property
-    def relative_error(self) -> float:
-        """‖decoded − original‖ / ‖original‖; 0 for an all-zero weight."""
-        return _ratio(self.squared_error, self.squared_norm)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did; `impl` is the implementation that quantized: "cpu", "triton" or "reference"."""
-
-    output: Path
-    options: Options
-    impl: str
-    weights: tuple[WeightReport, ...]
-    source_bytes: int
-    output_bytes: int
-    fused_groups: int
-    unequal_fused_scales: int
-    to_search: int
-    kept: int
-    shards: int
-    seconds: float
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per quantized weight, scales included."""
-        return 8 * sum(w.bytes for w in self.weights) / sum(w.elements for w in self.weights)
-
-    @property
-    def searched(self) -> int:
-        """Weights whose scales the search chose; `to_search` were planned."""
-        return sum(_is_search(weight.format) for weight in self.weights)
-
-    def relative_error(self, weights: Iterable[WeightReport] | None = None) -> float:
-        """Of several weights taken as one long vector; of all by default."""
-        chosen = self.weights if weights is None else tuple(weights)
-        return _ratio(sum(w.squared_error for w in chosen), sum(w.squared_norm for w in chosen))
-
-    def by_kind(self) -> dict[str, list[WeightReport]]:
-        """Weights by kind and leaf, such as "experts down_proj"."""
-        found: defaultdict[str, list[WeightReport]] = defaultdict(list)
-        for weight in self.weights:
-            found[f"{weight.kind} {weight.leaf}"].append(weight)
-        return dict(found)
 
 
 def convert(
@@ -107,6 +55,8 @@ def convert(
     calibrated: Calibrated | None = None,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = False,
+    work: Path | None = None,
     progress: Progress = lambda done: None,
 ) -> Report:
     """Convert a model directory into a new one, which appears whole or not at all.
@@ -114,73 +64,117 @@ def convert(
     The bytes of the output depend on the weights and the options alone, not on how the source is sharded; and on what
     `calibrated` gives, which is written as it is.
 
+    Until it is whole, the output is in `work` (OUTPUT.partial by default). What is finished stays there when a
+    conversion is interrupted; with resume=True the next one goes on from there, and ends with the same bytes.
+
     Raises:
         CheckpointError: anything wrong with the source, the options for it, or the output place; nothing is left
-            behind then.
+            behind then. Or the disk failed, which says where to go on from; or there is something else to resume.
     """
     start = time.monotonic()
     checkpoint = Checkpoint(source)
     plan = make_plan(checkpoint, options)
     if calibrated is None and (reason := options.needs_data):
         raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
-    with whole_or_nothing(output) as target:
-        shards = shard(output_entries(plan, options), max_shard_bytes)
-        digests: dict[str, str] = {}
-        weights: list[WeightReport] = []
-        unequal = 0
-        with ExitStack() as stack:
-            writers: dict[str, ShardWriter] = {}
-            for file, entries in shards.items():
-                writers |= dict.fromkeys(entries, stack.enter_context(ShardWriter(target / file, entries)))
-            for group in plan.groups:
-                scales = set()
-                for item, tensors, report in convert_group(checkpoint, group, options, device, calibrated):
-                    for name, tensor in tensors.items():
-                        digests[name] = writers[name].write(name, tensor)
-                    if report:
-                        weights.append(report)
-                        scales.add(report.tensor_scale)
-                    progress(item.nbytes)
-                unequal += len(scales) > 1
-            for name, tensor in kv_scales(plan, options, calibrated).items():
-                digests[name] = writers[name].write(name, tensor)
-        sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
-        if len(shards) > 1:
-            weight_map = {name: file for file, entries in shards.items() for name in entries}
-            write_index(target, weight_map, sum(sizes.values()))
-        copy_companions(source, target)
-        write_configs(target, checkpoint, plan, options)
-        write_manifest(target, options, digests, None if calibrated is None else calibrated.to_json())
+    calibration = None if calibrated is None else calibrated.to_json()
+    shards = shard(output_entries(plan, options), max_shard_bytes)
+    sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
+    unchanged = source_files(checkpoint)
+    settings = {**choices(options, calibration), "max_shard_bytes": max_shard_bytes, "source": unchanged}
+    with Journal(work or working_directory(output), output, settings, resume=resume) as journal:
+        finished = finished_shards(journal, shards)
+        todo = {file: entries for file, entries in shards.items() if file not in finished}
+        _write_shards(checkpoint, plan, options, calibrated, device, todo, journal, progress)
+        if differing := differences(unchanged, source_files(checkpoint)):
+            raise CheckpointError(f"{source}: was changed while it was converted: {differing[0]}; begin again")
+        digests = {name: digest for file in shards for name, digest in journal.records[file]["tensors"].items()}
+        if not journal.is_renamed:
+            copy_companions(source, journal.model)
+            write_manifest(journal.model, options, digests, calibration)
+            if len(shards) > 1:
+                weight_map = {name: file for file, entries in shards.items() for name in entries}
+                write_index(journal.model, weight_map, sum(sizes.values()))
+            write_configs(journal.model, checkpoint, plan, options)
+        journal.finish()
+        reports = [WeightReport.from_json(data) for file in shards for data in journal.records[file]["weights"]]
+    scales = {report.name: report.tensor_scale for report in reports}
     return Report(
         output=output,
         options=options,
         impl=ops.pick("auto", torch.device(device)),
-        weights=tuple(weights),
+        weights=tuple(reports),
         source_bytes=checkpoint.nbytes,
         output_bytes=sum(sizes.values()),
         fused_groups=sum(len(group) > 1 for group in plan.groups),
-        unequal_fused_scales=unequal,
-        to_search=sum(_is_search(item.format) for item in plan),
+        unequal_fused_scales=sum(len({scales.get(item.name.full) for item in group}) > 1 for group in plan.groups),
+        to_search=sum(is_search(item.format) for item in plan),
         kept=sum(item.format is None for item in plan),
         shards=len(shards),
+        resumed_shards=len(finished),
         seconds=time.monotonic() - start,
     )
 
 
+def _write_shards(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    calibrated: Calibrated | None,
+    device: torch.device | str,
+    shards: Mapping[str, Mapping[str, Entry]],
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    """Read, quantize and write what belongs to these shards; the three overlap, and the order is the plan's."""
+    file_of = {name: file for file, entries in shards.items() for name in entries}
+    every = [next(iter(group_entries(group, options))) in file_of for group in plan.groups]
+    groups = list(itertools.compress(plan.groups, every))
+    progress(sum(item.nbytes for item in plan) - sum(item.nbytes for group in groups for item in group))
+
+    def size(group: tuple[Planned, ...]) -> int:
+        return sum(item.nbytes for item in group)
+
+    def read(group: tuple[Planned, ...]) -> list[Tensor]:
+        return read_group(checkpoint, group)
+
+    def write(tensors: dict[str, Tensor], reports: list[WeightReport], held: int) -> None:
+        out.write(file_of[next(iter(tensors))], tensors, reports)
+        budget.give(held)
+
+    budget = Budget(MEMORY)
+    with closing(RecordedShards(journal, shards)) as out, WriteBehind(budget) as writer:
+        for group, weights in read_ahead(groups, read, size, budget):
+            tensors: dict[str, Tensor] = {}
+            reports: list[WeightReport] = []
+            for _, part, report in convert_group(checkpoint, group, options, device, calibrated, weights):
+                tensors |= part
+                reports += [report] if report else []
+
+            writer.submit(partial(write, tensors, reports, size(group)))
+            progress(size(group))
+            del weights, tensors
+        scales = {name: t for name, t in kv_scales(plan, options, calibrated).items() if name in file_of}
+        if scales:
+            writer.submit(partial(write, scales, [], 0))
+
+
 def output_entries(plan: Plan, options: Options) -> list[dict[str, Entry]]:
     """Name → (dtype, shape) of all that will be written, one dict per group: a group never straddles shards."""
-    groups: list[dict[str, Entry]] = []
-    for group in plan.groups:
-        entries: dict[str, Entry] = {}
-        for item in group:
-            if item.format is not None:
-                activations = options.activations != "none"
-                entries |= weight_entries(options.layout, item.format, item.name.module, item.shape, activations)
-            else:
-                entries[item.name.full] = (item.dtype, item.shape)
-        groups.append(entries)
+    groups = [group_entries(group, options) for group in plan.groups]
     groups.append(_kv_entries(plan, options))
     return [entries for entries in groups if entries]
+
+
+def group_entries(group: tuple[Planned, ...], options: Options) -> dict[str, Entry]:
+    """The same of one group."""
+    entries: dict[str, Entry] = {}
+    for item in group:
+        if item.format is not None:
+            activations = options.activations != "none"
+            entries |= weight_entries(options.layout, item.format, item.name.module, item.shape, activations)
+        else:
+            entries[item.name.full] = (item.dtype, item.shape)
+    return entries
 
 
 def shard(groups: Iterable[Mapping[str, Entry]], max_bytes: int) -> dict[str, dict[str, Entry]]:
@@ -205,14 +199,18 @@ def convert_group(
     options: Options,
     device: torch.device | str,
     calibrated: Calibrated | None = None,
+    read: list[Tensor] | None = None,
 ) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
-    """The output tensors of each member of a group, quantized under one tensor scale."""
+    """The output tensors of each member of a group, quantized under one tensor scale.
+
+    read: what `read_group` gives for it, where that was done before.
+    """
     fmt = group[0].format
+    found = read_group(checkpoint, group) if read is None else read
     if fmt is None:
-        (item,) = group
-        yield item, {item.name.full: checkpoint.read(item.source, item.index)}, None
+        yield group[0], {group[0].name.full: found[0]}, None
         return
-    weights = [checkpoint.read(item.source, item.index).to(device) for item in group]
+    weights = [weight.to(device) for weight in found]
     given = [calibrated.weight(item.name.full) if calibrated else None for item in group]
     quantized = given
     if any(q is None for q in given):
@@ -232,6 +230,11 @@ def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: li
     """A planned group with its weights, for `quantize_groups`."""
     where = [f"{checkpoint.directory / checkpoint.tensors[item.source].file}: " for item in group]
     return WeightGroup(fmt, weights, [item.name.full for item in group], where)
+
+
+def read_group(checkpoint: Checkpoint, group: tuple[Planned, ...]) -> list[Tensor]:
+    """The source's tensors of a group."""
+    return [checkpoint.read(item.source, item.index) for item in group]
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:
@@ -290,11 +293,11 @@ def write_configs(target: Path, checkpoint: Checkpoint, plan: Plan, options: Opt
         kv_cache=options.kv_cache != "none",
         ignore=plan.ignore,
     )
-    config = {**checkpoint.config, "quantization_config": quantization_config(quantization)}
-    write_json(target / "config.json", config)
     beside = hf_quant_config(quantization)
     if beside is not None:
         write_json(target / "hf_quant_config.json", beside)
+    config = {**checkpoint.config, "quantization_config": quantization_config(quantization)}
+    write_json(target / "config.json", config)  # last: without it, no engine takes this for a model
 
 
 def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
@@ -307,13 +310,15 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
     return tuple(Group(fmt, target_list(options.layout, names)) for fmt, names in used)
 
 
-def _is_search(fmt: Format | None) -> bool:
-    return isinstance(fmt, NVFP4) and fmt.scale_rule == "search"
-
-
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
-    original = weight.float()
-    difference = q.dequantize(torch.float32).sub_(original)
+    error = norm = 0.0
+    rows = max(1, _COMPARED // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
+        part = slice(start, start + rows)
+        original = weight[part].float()
+        decoded = QuantizedTensor(q.packed[part], q.block_scale[part], q.tensor_scale, q.amax, q.format).dequantize()
+        error += _squared_norm(decoded.sub_(original))
+        norm += _squared_norm(original)
     return WeightReport(
         name=item.name.full,
         format=q.format,
@@ -322,8 +327,8 @@ def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
         leaf=item.name.leaf,
         elements=weight.numel(),
         bytes=q.nbytes,
-        squared_error=_squared_norm(difference),
-        squared_norm=_squared_norm(original),
+        squared_error=error,
+        squared_norm=norm,
     )
 
 
@@ -333,7 +338,3 @@ def _squared_norm(matrix: Tensor) -> float:
     if not 1e-12 < float(norms.amax()) < 1e18:  # the squares may have left float32's range
         norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
     return float(norms.square().sum())
-
-
-def _ratio(squared_error: float, squared_norm: float) -> float:
-    return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0

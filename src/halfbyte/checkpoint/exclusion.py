@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from ..errors import CheckpointError
 from ..names import Name
 from .schema import Layout
 
@@ -31,6 +32,31 @@ def engine_layer(name: Name, modules: Collection[str] | None = None) -> tuple[st
         if len(there) > 1:
             return name.fused, there
     return name.module, (name.module,)
+
+
+def check_patterns(patterns: Iterable[str], longest: int) -> None:
+    """Refuse regular expressions that are none, or that could take forever on names of `longest` characters.
+
+    A repeated group can take exponential time, and so can a reference to a group; n repeats of single characters take
+    at most the n-th power of the length.
+
+    Raises:
+        CheckpointError: names the pattern.
+    """
+    for pattern in patterns:
+        if not pattern.startswith("re:"):
+            continue
+        try:
+            re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
+            raise CheckpointError(f"pattern {pattern[:80]!r} is no regular expression ({error})") from error
+        plain = re.sub(r"\\[^0-9]|\[[^]]*\]", "x", pattern[3:])
+        repeats = len(re.findall(r"[*+{]", plain))
+        if re.search(r"\)[*+{]|\\[0-9]|\(\?P=|\(\?\(", plain) or longest**repeats > _STEPS:
+            raise CheckpointError(f"pattern {pattern[:80]!r} could take forever to match; use fewer repeats")
+
+
+_STEPS = 10**8
 
 
 def excluded_by_vllm_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:

@@ -65,18 +65,21 @@ def options_to_json(options: Options) -> dict[str, Any]:
     }
 
 
-def write_manifest(
-    directory: Path, options: Options, digests: dict[str, str], calibration: dict[str, Any] | None = None
-) -> None:
-    """Write halfbyte.json."""
-    data = {
+def choices(options: Options, calibration: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the source that the bytes depend on."""
+    return {
         "halfbyte_version": __version__,
         "contract_version": CONTRACT_VERSION,
         **options_to_json(options),
         **({} if calibration is None else {"calibration": calibration}),
-        "sha256": dict(sorted(digests.items())),
     }
-    write_json(directory / FILE, data)
+
+
+def write_manifest(
+    directory: Path, options: Options, digests: dict[str, str], calibration: dict[str, Any] | None = None
+) -> None:
+    """Write halfbyte.json."""
+    write_json(directory / FILE, {**choices(options, calibration), "sha256": dict(sorted(digests.items()))})
 
 
 def is_calibrated(directory: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -224,7 +225,7 @@ def _rest(contents: Contents, source: Checkpoint) -> Iterator[Finding]:
     found = contents.checkpoint
     config = {key: value for key, value in found.config.items() if key != "quantization_config"}
     for key in sorted(set(config) | set(source.config)):
-        if config.get(key) != source.config.get(key):
+        if json.dumps(config.get(key)) != json.dumps(source.config.get(key)):  # NaN is itself here
             yield Finding("config.json", f"{key} is {config.get(key)!r}, in the source {source.config.get(key)!r}")
     for name in companions(source.directory):
         copy = found.directory / name

@@ -6,13 +6,13 @@ Nothing here knows about quantization.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .files import TEMPORARY, check_inside, check_name, parse_json, sync_directory, write_all
+from .files import companions as companions
+from .files import copy_companions as copy_companions
+from .files import read_json as read_json
+from .files import whole_or_nothing as whole_or_nothing
+from .files import write_json as write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,11 +54,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor."""
+    """What a file's header says of a tensor; `offset` is where in the file its data begins."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -78,16 +85,15 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         self.config = read_json(directory / "config.json")
-        self._files: dict[str, Any] = {}  # handles of safetensors, which has no types
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] | None = None
         expected = self._expected()
         for file in sorted(set(expected.values())) or [self._single()]:
             self._open(file, expected)
         missing = sorted(set(expected) - set(self.tensors))
         if missing:
             raise CheckpointError(f"{directory / INDEX}: tensor {missing[0]} is not in {expected[missing[0]]}")
-        first = next(iter(self._files.values()), None)
-        self.metadata: dict[str, str] = (first.metadata() or {}) if first is not None else {}
+        self._descriptor = functools.lru_cache(maxsize=64)(lambda file: _Descriptor(directory / file))
 
     @property
     def nbytes(self) -> int:
@@ -95,12 +101,22 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
-        """A tensor, or the part of it at index, on the CPU; the file is mapped, not copied."""
-        file = self._files[self.tensors[name].file]
+        """A tensor, or the part of it at index (numbers, then perhaps a slice), on the CPU, in memory of its own.
+
+        The file is read rather than mapped: memory holds only what is asked for, and a disk that fails or a file that
+        is cut short is an error here, where it would kill the process.
+
+        Raises:
+            CheckpointError: the file cannot be read (then with an OSError as its cause), or is shorter than it was.
+        """
+        info = self.tensors[name]
+        path = self.directory / info.file
+        start, shape = _part(info, index)
         try:
-            tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.directory / self.tensors[name].file}: tensor {name}: {error}") from error
+            tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+            self._descriptor(info.file).read_into(tensor_bytes(tensor), start)
+        except (OSError, EOFError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         return tensor
 
     def _expected(self) -> dict[str, str]:
@@ -112,6 +128,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{path}: weight_map is missing or is not a map from tensor to file")
         for name, file in weight_map.items():
+            check_name(name, str(path))
             if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
                 raise CheckpointError(f"{path}: tensor {name} points to {file!r}, outside the directory")
             if not file.endswith(".safetensors"):
@@ -140,48 +157,87 @@ class Checkpoint:
         path = self.directory / file
         if not path.is_file():
             raise CheckpointError(f"{path}: shard is missing; download it again")
+        check_inside(self.directory, file)
         try:
-            handle: Any = safe_open(path, framework="pt")
-            names = list(handle.keys())
-            infos = {name: handle.get_slice(name) for name in names}
-        except (SafetensorError, OSError) as error:
+            handle: Any = safe_open(path, framework="pt")  # checks that sizes fit, and that data lies without overlap
+            if self.metadata is None:
+                self.metadata = handle.metadata() or {}
+            with path.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = parse_json(opened.read(length), str(path))
+        except (SafetensorError, OSError, struct.error) as error:
             raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
-        self._files[file] = handle
-        for name, info in infos.items():
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            check_name(name, str(path))
             if expected and expected.get(name) != file:
                 raise CheckpointError(f"{path}: holds tensor {name}, which {INDEX} does not list here")
-            dtype = info.get_dtype()
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} is {dtype}, a type that halfbyte does not know")
-            self.tensors[name] = TensorInfo(file, dtype, tuple(info.get_shape()))
+            if len(shape) > 8 or max(shape, default=0) >= 1 << 48:
+                raise CheckpointError(f"{path}: tensor {name}: no tensor has a shape of {str(list(shape))[:80]}")
+            self.tensors[name] = TensorInfo(file, dtype, shape, 8 + length + entry["data_offsets"][0])
+
+
+class _Descriptor:
+    """A file open for reading until nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in __del__
+        self._lock = threading.Lock()
+
+    def read_into(self, data: memoryview, offset: int) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            while len(data):
+                count = self._file.readinto(data[:_PIECE])
+                if not count:
+                    raise EOFError("the file is shorter than its header says; download it again")
+                data = data[count:]
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self._file.close()
+
+
+_PIECE = 1 << 30  # systems read at most 2 GiB at once
+
+
+def _part(info: TensorInfo, index: tuple[int | slice, ...]) -> tuple[int, tuple[int, ...]]:
+    """Where the part of a tensor begins in the file, and its shape; such a part is in one piece."""
+    start, shape, stride = info.offset, info.shape, info.nbytes
+    for i in index:
+        stride //= shape[0]
+        if isinstance(i, int):
+            start, shape = start + i * stride, shape[1:]
+        else:
+            first, last, step = i.indices(shape[0])
+            assert (step, i) == (1, index[-1]), f"{index} is not in one piece"
+            start, shape = start + first * stride, (last - first, *shape[1:])
+    return start, shape
 
 
 class ShardWriter:
     """One safetensors file whose tensors are known beforehand and written in any order, each once.
 
-    As the safetensors library does, wider dtypes come first, so that every tensor is aligned.
+    As the safetensors library does, wider dtypes come first, so that every tensor is aligned. The file has a temporary
+    name until it is whole and on disk.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._path = path
-        self._pending: dict[str, tuple[int, TensorInfo]] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in sorted(tensors, key=lambda n: (-DTYPES[tensors[n][0]].itemsize, n)):
-            info = TensorInfo(path.name, *tensors[name])
-            header[name] = {
-                "dtype": info.dtype,
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            self._pending[name] = (offset, info)
-            offset += info.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._file.truncate(self._start + offset)
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        header, self._pending = shard_header(path.name, tensors)
+        size = len(header) + sum(info.nbytes for info in self._pending.values())
+        self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            os.ftruncate(self._file, size)
+            write_all(self._file, header)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -189,21 +245,64 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            if kind is None:
+                assert not self._pending, f"{self._path}: never written: {sorted(self._pending)}"
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
         if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            assert not self._pending, f"{self._path}: never written: {sorted(self._pending)}"
+            os.replace(self._temporary, self._path)
+            sync_directory(self._path.parent)
+        else:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Write a tensor at its place; returns the SHA-256 of its bytes."""
-        offset, info = self._pending.pop(name)
+        info = self._pending.pop(name)
         assert (tensor_dtype(tensor), tuple(tensor.shape)) == (info.dtype, info.shape), f"{name}: {info}"
         data = tensor_bytes(tensor)
-        self._file.seek(self._start + offset)
-        self._file.write(data)
+        write_all(self._file, data, info.offset)
         return hashlib.sha256(data).hexdigest()
+
+
+def shard_header(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The bytes that a safetensors file with these tensors begins with, and where the tensors lie in it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    infos: dict[str, TensorInfo] = {}
+    offset = 0
+    for name in sorted(tensors, key=lambda n: (-DTYPES[tensors[n][0]].itemsize, n)):
+        dtype, shape = tensors[name]
+        infos[name] = TensorInfo(file, dtype, shape, offset)
+        end = offset + infos[name].nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    infos = {name: TensorInfo(file, i.dtype, i.shape, start + i.offset) for name, i in infos.items()}
+    return struct.pack("<Q", len(text)) + text, infos
+
+
+def is_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], digests: Mapping[str, str]) -> bool:
+    """Whether a file is what `ShardWriter` wrote, by the digests that it returned."""
+    header, infos = shard_header(path.name, tensors)
+    if not path.is_file() or path.stat().st_size != len(header) + sum(info.nbytes for info in infos.values()):
+        return False
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            return False
+        for name, info in infos.items():  # in the order in which they lie
+            digest = hashlib.sha256()
+            for start in range(0, info.nbytes, _HASHED):
+                digest.update(file.read(min(_HASHED, info.nbytes - start)))
+            if digest.hexdigest() != digests.get(name):
+                return False
+    return True
+
+
+_HASHED = 1 << 22
 
 
 def tensor_dtype(tensor: Tensor) -> str:
@@ -219,65 +318,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object the way Hugging Face does: indented, with a final newline."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """A temporary sibling of a directory that does not exist yet; renamed to it at the end, removed on any error."""
-    if directory.exists() or directory.is_symlink():
-        raise CheckpointError(f"{directory}: already exists; choose another output directory or remove it")
-    if not directory.absolute().parent.is_dir():
-        raise CheckpointError(f"{directory.absolute().parent}: no such directory to put the output in; create it first")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.absolute().parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def companions(directory: Path) -> list[str]:
-    """Paths of the files beside the weights that engines read: tokenizer, generation config, chat templates, code, …
-
-    Weights in any form, indexes, config.json and quantization configs are not among them, nor are subdirectories, but
-    for the one that transformers reads templates from.
-    """
-    left_out = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-    rewritten = ("config.json", "hf_quant_config.json", "halfbyte.json")
-    beside = (
-        path.name
-        for path in directory.iterdir()
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(left_out)
-        and path.name not in rewritten
-    )
-    templates = (f"{path.parent.name}/{path.name}" for path in directory.glob("additional_chat_templates/*.jinja"))
-    return sorted((*beside, *templates))
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy them all."""
-    for name in companions(source):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import HalfbyteError
+from ..errors import CheckpointError, HalfbyteError
 from ..formats import MXFP8, NVFP4, Format
 from ..names import Name
 from .config import Group, Quantization, hf_quant_config, quantization_config, read_quantization
-from .exclusion import disagreements, engine_layer, excluded_by_compressed_tensors
+from .exclusion import RULES, check_patterns, disagreements, engine_layer, excluded_by_compressed_tensors
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
 from .options import Options
@@ -68,6 +68,11 @@ def open_quantized(directory: Path) -> Contents:
     quantization = read_quantization(checkpoint.config, str(directory / "config.json"))
     elements = {weight_names(quantization.layout, group.format).elements for group in quantization.groups}
     layers = decoder_layers(checkpoint)
+    patterns = [*quantization.ignore, *(target for group in quantization.groups for target in group.targets)]
+    try:
+        check_patterns(patterns, max(map(len, checkpoint.tensors), default=1))
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: quantization_config: {error}") from error
     quantized, excluded = [], []
     formats: dict[str, Format] = {}
     for tensor, info in checkpoint.tensors.items():
@@ -178,8 +183,19 @@ def _exclusions(contents: Contents) -> Iterator[Finding]:
     if "lm_head" not in {name.leaf for name in contents.quantized} and not any("lm_head" in p for p in ignore):
         yield Finding("config.json", "lm_head is not quantized but missing from the ignore list")
     yield from _assigned(contents)
+    yield from _stacked(contents)
     for sentence in disagreements(contents.quantization.layout, ignore, contents.quantized, contents.excluded):
         yield Finding("config.json", sentence)
+
+
+def _stacked(contents: Contents) -> Iterator[Finding]:
+    """Experts still stacked, in high precision, where the config says that they are quantized."""
+    ignore, rules = contents.quantization.ignore, RULES[contents.quantization.layout]
+    for tensor, info in contents.checkpoint.tensors.items():
+        experts, _, parameter = tensor.rpartition(".")
+        stacked = len(info.shape) == 3 and experts.endswith("experts") and parameter in ("gate_up_proj", "down_proj")
+        if stacked and not all(rule(experts, (experts,), ignore) for rule in rules.values()):
+            yield Finding(tensor, "stacked experts in high precision, but the config does not exclude them")
 
 
 def _assigned(contents: Contents) -> Iterator[Finding]:

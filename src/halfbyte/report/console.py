@@ -62,6 +62,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "fused_groups": report.fused_groups,
         "unequal_fused_scales": report.unequal_fused_scales,
         "shards": report.shards,
+        "shards_resumed": report.resumed_shards,
         "relative_error": report.relative_error(),
         "relative_error_by_kind": kinds,
         "worst": [{"tensor": w.name, "relative_error": w.relative_error} for w in _worst(report)],
@@ -82,6 +83,7 @@ def print_report(console: Console, report: Report) -> None:
     console.print(
         f"{len(report.weights)} weights at {report.bits_per_weight:.3f} bits each, {report.kept} tensors kept, "
         f"{report.fused_groups} fused groups under one tensor scale, {report.shards} shard(s)"
+        + (f", {report.resumed_shards} of them from before" if report.resumed_shards else "")
     )
     searched = f"weights searched {report.searched} of {report.to_search}, " if report.to_search else ""
     console.print(f"{searched}unequal fused scales {report.unequal_fused_scales}")
