@@ -29,6 +29,7 @@ ALLOWED = {
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},
     "recipe": BASE | {"policy", "names", "checkpoint"},
     "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint", "recipe"},
+    "report": BASE | {"numerics", "version", "checkpoint", "recipe", "calib"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 
