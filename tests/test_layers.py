@@ -31,6 +31,7 @@ ALLOWED = {
     "recipe": BASE | {"policy", "names", "checkpoint"},
     "calib": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint", "recipe"},
     "nn": BASE | {"ops", "policy", "names", "recipe"},
+    "report": BASE | {"numerics", "version", "checkpoint", "recipe", "calib"},
     "export": BASE | {"ops", "tensor", "functional", "policy", "names", "version", "checkpoint"},
 }
 

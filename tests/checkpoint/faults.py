@@ -121,8 +121,8 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
     from halfbyte import CheckpointError
 
     if "quantize_seconds" in order:
-        original = convert.quantize_weight
-        convert.quantize_weight = lambda *a: (time.sleep(order["quantize_seconds"]), original(*a))[1]
+        original = convert.quantize_groups
+        convert.quantize_groups = lambda *a: (time.sleep(order["quantize_seconds"]), original(*a))[1]
     try:
         convert.convert(
             Path(order["source"]),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from halfbyte import MXFP8
 from halfbyte.checkpoint.convert import convert
@@ -18,22 +17,11 @@ from halfbyte.checkpoint.loaders import RULES, SCHEMES, judge, parse_engines
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.survey import survey
 from halfbyte.errors import CheckpointError
-from halfbyte.policy import FormatOverride, Policy
+from halfbyte.policy import FormatOverride
 
 from ..check import equal, true
-from . import models
+from .bad_checkpoints import BAD, CT, L0, SOURCES, W4A4, config, sidecar, tensors
 from .test_loading_back import import_quietly
-
-L0 = "model.layers.0"
-EXPERT = f"{L0}.mlp.experts.1"
-Edit = Callable[[Path], None]
-W4A4 = {"activations": "constant"}
-CT = {"layout": "compressed-tensors"}
-SOURCES = {
-    "dense": lambda: models.dense(layers=11),
-    "moe": models.moe,
-    "tied": lambda: models.dense(layers=1, tied=True),
-}
 
 
 @pytest.fixture(scope="module")
@@ -81,269 +69,6 @@ def expect(*engines: str) -> dict[str, str]:
 def test_what_halfbyte_writes(converted: Callable[..., Path], model: str, options: dict[str, Any], wanted: str) -> None:
     """As `serve_commands` promises; TensorRT-LLM reads some more, in recent releases."""
     equal(outcomes(converted(model, **options)), expect(*wanted))
-
-
-def config(**values: Any) -> Edit:
-    """Change config.json's quantization_config; None removes a key."""
-
-    def edit(path: Path) -> None:
-        data = json.loads((path / "config.json").read_text())
-        merged = {**data["quantization_config"], **values}
-        data["quantization_config"] = {key: value for key, value in merged.items() if value is not None}
-        (path / "config.json").write_text(json.dumps(data))
-
-    return edit
-
-
-def both(*edits: Edit) -> Edit:
-    return lambda path: [edit(path) for edit in edits] and None
-
-
-def sidecar(**values: Any) -> Edit:
-    def edit(path: Path) -> None:
-        data = json.loads((path / "hf_quant_config.json").read_text())
-        merged = {**data["quantization"], **values}
-        data["quantization"] = {key: value for key, value in merged.items() if value is not None}
-        (path / "hf_quant_config.json").write_text(json.dumps(data))
-
-    return edit
-
-
-def without_declaration(path: Path) -> None:
-    data = json.loads((path / "config.json").read_text())
-    del data["quantization_config"]
-    (path / "config.json").write_text(json.dumps(data))
-
-
-def tensors(change: Callable[[models.Tensors], models.Tensors]) -> Edit:
-    def edit(path: Path) -> None:
-        found = {name: tensor.clone() for name, tensor in models.read_all(path).items()}
-        for file in path.glob("*.safetensors*"):
-            file.unlink()
-        save_file(change(found), path / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
-
-
-def times(name: str, factor: float) -> Edit:
-    return tensors(lambda found: found | {name: found[name] * factor})
-
-
-def without(*names: str) -> Edit:
-    return tensors(lambda found: {name: tensor for name, tensor in found.items() if name not in names})
-
-
-def stacked_bf16(found: models.Tensors) -> models.Tensors:
-    """A converter that knows 2-D weights only leaves stacked experts as they are."""
-    kept = {name: tensor for name, tensor in found.items() if ".experts." not in name}
-    for layer in range(2):
-        kept[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.zeros(4, 64, 64, dtype=torch.bfloat16)
-    return kept
-
-
-def fp8_blocks(found: models.Tensors) -> models.Tensors:
-    """FP8 128×128 passed through, under the label that the rest deserves."""
-    kept = {name: tensor for name, tensor in found.items() if not name.startswith(f"{L0}.self_attn.o_proj.")}
-    kept[f"{L0}.self_attn.o_proj.weight"] = torch.zeros(64, 64, dtype=torch.float8_e4m3fn)
-    return kept | {f"{L0}.self_attn.o_proj.weight_scale_inv": torch.ones(1, 1)}
-
-
-def plain_expert(found: models.Tensors) -> models.Tensors:
-    """One expert left in high precision."""
-    kept = {name: tensor for name, tensor in found.items() if not name.startswith(f"{EXPERT}.")}
-    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
-    return kept | {
-        f"{EXPERT}.{leaf}.weight": torch.zeros(shape, dtype=torch.bfloat16) for leaf, shape in shapes.items()
-    }
-
-
-def nan_scales(found: models.Tensors) -> models.Tensors:
-    """An all-zero weight's block scales, 0/0."""
-    name = f"{L0}.mlp.down_proj.weight_scale"
-    return found | {name: torch.full_like(found[name].view(torch.uint8), 0x7F).view(torch.float8_e4m3fn)}
-
-
-def spread_scales(found: models.Tensors) -> models.Tensors:
-    """448 once, and 2^-8 everywhere else."""
-    name = f"{L0}.mlp.down_proj.weight_scale"
-    scale = torch.full(found[name].shape, 2.0**-8)
-    scale[0, 0] = 448
-    return found | {name: scale.to(torch.float8_e4m3fn)}
-
-
-BAD: dict[str, tuple[str, dict[str, Any], Edit, str, str, dict[str, int]]] = {
-    # what another tool did: (model, options, how to make it, outcomes, what is said, tensor parallelism)
-    "crash leaves quantized shards under a BF16 config": (
-        "tied",
-        CT,
-        without_declaration,
-        "----",
-        "no quantization is declared",
-        {},
-    ),
-    "vLLM needs three keys of hf_quant_config.json": (
-        "tied",
-        W4A4,
-        both(without_declaration, sidecar(kv_cache_quant_algo=None), lambda p: None),
-        "-++-",
-        "kv_cache_quant_algo is missing",
-        {},
-    ),
-    "SGLang needs a group size": (
-        "tied",
-        W4A4,
-        config(group_size=None, config_groups=None),
-        "+-+-",
-        "group_size is missing",
-        {},
-    ),
-    "mlp.gate also hits gate_up_proj": (
-        "tied",
-        W4A4,
-        config(ignore=["lm_head", f"{L0}.mlp.gate"]),
-        "-++-",
-        f"'{L0}.mlp.gate' in the ignore list also matches",
-        {},
-    ),
-    "layers.1 also hits layers.10": (
-        "dense",
-        CT | {"policy": Policy(ignore=("layers.1",))},
-        config(ignore=["lm_head", r"re:model\.layers\.1"]),
-        "----",
-        "also matches it",
-        {},
-    ),
-    "a whole layer by a dotted part": (
-        "dense",
-        W4A4 | {"policy": Policy(ignore=("layers.1",))},
-        config(ignore=["lm_head", "model.layers.1"]),
-        "-++-",
-        "'model.layers.1' in the ignore list also matches it",
-        {},
-    ),
-    "routers missing from the ignore list": (
-        "moe",
-        W4A4,
-        both(config(ignore=["lm_head"]), sidecar(exclude_modules=["lm_head"])),
-        "----",
-        "nothing in the ignore list names it",
-        {},
-    ),
-    "mixed precision drops the ignore list": (
-        "moe",
-        W4A4 | {"overrides": (FormatOverride(MXFP8(), kinds=("attention",)),)},
-        config(quantized_layers={}),
-        "--+-",
-        "MIXED_PRECISION needs quantized_layers",
-        {},
-    ),
-    "one expert excluded": ("moe", W4A4, tensors(plain_expert), "----", "only some of its experts are quantized", {}),
-    "stacked experts left in BF16 under an NVFP4 label": (
-        "moe",
-        W4A4,
-        tensors(stacked_bf16),
-        "----",
-        "is in high precision, but nothing in the ignore list names it",
-        {},
-    ),
-    "FP8 passed through under an NVFP4 label": (
-        "tied",
-        W4A4,
-        tensors(fp8_blocks),
-        "----",
-        "neither NVFP4 nor MXFP8",
-        {},
-    ),
-    "gate and up of an expert under two scales": (
-        "moe",
-        W4A4,
-        times(f"{EXPERT}.gate_proj.weight_scale_2", 2.0),
-        "ww--",
-        "a factor of 2",
-        {},
-    ),
-    "q and k with different input scales": (
-        "tied",
-        W4A4,
-        times(f"{L0}.self_attn.q_proj.input_scale", 2.0),
-        "++--",
-        "input_scale",
-        {},
-    ),
-    "an expert that no token reached has no input scale": (
-        "moe",
-        W4A4,
-        without(f"{EXPERT}.down_proj.input_scale"),
-        "ww--",
-        "lacks down_proj.input_scale",
-        {},
-    ),
-    "4-bit activations without input scales": (
-        "tied",
-        {},
-        both(config(quant_algo="NVFP4"), sidecar(quant_algo="NVFP4")),
-        "ww--",
-        "quantizes activations",
-        {},
-    ),
-    "NaN scale bytes of an all-zero weight": (
-        "tied",
-        W4A4,
-        tensors(nan_scales),
-        "www-",
-        "384 of 384 block scales are NaN (0x7F)",
-        {},
-    ),
-    "an input scale of infinity": (
-        "tied",
-        W4A4,
-        times(f"{L0}.mlp.down_proj.input_scale", torch.inf),
-        "www-",
-        "is [inf]",
-        {},
-    ),
-    "a scalar divisor": (
-        "tied",
-        CT,
-        tensors(
-            lambda found: {
-                name: tensor.reshape(()) if name.endswith("weight_global_scale") else tensor
-                for name, tensor in found.items()
-            }
-        ),
-        "++--",
-        "transformers fails on anything but [1]",
-        {},
-    ),
-    "another layout's names": (
-        "tied",
-        W4A4,
-        tensors(
-            lambda found: {
-                name.replace("weight_scale_2", "weight_global_scale"): tensor for name, tensor in found.items()
-            }
-        ),
-        "----",
-        "is missing",
-        {},
-    ),
-    "scales beyond what Marlin holds": (
-        "tied",
-        W4A4,
-        tensors(spread_scales),
-        "ww+-",
-        "383 of 384 block scales (99.7%) are lost",
-        {},
-    ),
-    "K % 16 holds for the tensor, not for a shard": (
-        "tied",
-        W4A4,
-        lambda path: None,
-        "----",
-        "24 each, not a multiple of 16",
-        {"tensor_parallel": 4},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", list(BAD))
@@ -398,6 +123,39 @@ def test_marlin_rescales_first() -> None:
     equal(marlin_flushed(counts), 5)
     counts[0] = 100  # zero stays zero
     equal(marlin_flushed(counts), 5)
+
+
+def test_what_is_no_checkpoint_of_these(converted: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="declares nothing and has no weight in NVFP4 or MXFP8"):
+        judge(survey(SOURCES["tied"]().save(tmp_path / "plain")))
+    declared = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(CheckpointError, match="declares gptq"):
+        judge(survey(SOURCES["tied"]().configured(quantization_config=declared).save(tmp_path / "gptq")))
+    path = Path(shutil.copytree(converted("tied", **CT), tmp_path / "regex"))
+    config(ignore=["re:("])(path)
+    with pytest.raises(CheckpointError, match="is not a regular expression"):
+        judge(survey(path))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1, "x", [], [1], {}, {"a": 1}, {"group_0": None}, {"group_0": {"targets": 1}}, float("nan"), -1, True],
+)
+def test_configs_of_any_shape(converted: Callable[..., Path], tmp_path: Path, value: Any) -> None:
+    """Whatever a key holds: a verdict, or a CheckpointError."""
+    for i, options in enumerate((CT, W4A4, {"format": MXFP8()})):
+        path = Path(shutil.copytree(converted("tied", **options), tmp_path / str(i)))
+        raw = json.loads((path / "config.json").read_text())
+        for key in ("quant_method", "quant_algo", "ignore", "config_groups", "format", "quantization", "producer"):
+            changed = {**raw, "quantization_config": {**raw["quantization_config"], key: value}}
+            (path / "config.json").write_text(json.dumps(changed))
+            try:
+                true(len(judge(survey(path))) == len(ENGINES), key)
+            except CheckpointError as error:
+                true(str(error), key)
+        for key in ("num_attention_heads", "num_key_value_heads", "num_experts", "text_config", "num_hidden_layers"):
+            (path / "config.json").write_text(json.dumps({**raw, key: value}))
+            true(len(judge(survey(path), tensor_parallel=2)) == len(ENGINES), key)
 
 
 def test_the_tables() -> None:

@@ -92,6 +92,34 @@ def test_what_stands_out(tmp_path: Path) -> None:
             true(any(text in sentence for sentence in said), f"{text!r} is not among\n" + "\n".join(said))
 
 
+def test_broken_values(tmp_path: Path) -> None:
+    """NaN scales, an infinite one, one of the wrong shape, one that is missing: named, and the report still drawn."""
+    source, out = made(tmp_path, models.dense(layers=3, tied=True))
+    nan = torch.full((64, 6), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    planted = {f"{L0}.mlp.down_proj.weight_scale": nan}
+    planted[f"{L0}.self_attn.o_proj.weight_scale_2"] = torch.tensor(torch.inf)
+    for layer in range(3):  # every one of its kind
+        planted[f"model.layers.{layer}.self_attn.k_proj.weight_scale_2"] = torch.ones(2)
+    change(out, planted)
+    tensors = {name: t for name, t in models.read_all(out).items() if name != f"{L0}.mlp.up_proj.weight_scale_2"}
+    save_file({name: t.clone() for name, t in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    for against in (None, source):
+        found = inspect(out, against)
+        said = "\n".join(f"{r.severity} {r.where} {r.what}" for r in found.remarks)
+        has(
+            said,
+            "384 of 384 block scales are NaN",
+            "is [inf]",
+            "2 values for one matrix",
+            "up_proj.weight_scale_2 is missing",
+        )
+        equal(Page(render(found)).wrong, [])
+        json.dumps(found.to_json(), allow_nan=False)
+        if against is not None:
+            has(said, f"{L0}.mlp.down_proj.weight it or its original has values that are NaN")
+            true(0 < found.total.relative_error < 0.2, "what is sound is summed")
+
+
 def test_other_tools_checkpoints(tmp_path: Path) -> None:
     """transformers' mxfp8 with its own names and E8M0 bytes; ModelOpt's stacked experts, declared in its sidecar."""
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)

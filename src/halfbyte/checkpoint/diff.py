@@ -313,8 +313,12 @@ def _compare_plain(name: str, a: Tensor, b: Tensor) -> Difference | None:
     left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     if torch.equal(left, right):
         return None
-    where = (left != right).nonzero()
-    first = int(where[0])
+    count, first = 0, -1
+    for start in range(0, len(left), CHUNK_ELEMENTS):
+        differ = left[start : start + CHUNK_ELEMENTS] != right[start : start + CHUNK_ELEMENTS]
+        found = int(differ.sum())
+        first = start + int(differ.byte().argmax()) if found and first < 0 else first
+        count += found
     values = (f"0x{int(left[first]):02X}", f"0x{int(right[first]):02X}")
     part = "scale" if name.rpartition(".")[2] in SCALE_PARAMETERS else "data"
     place = Place(part, first, None, None, None, values)
@@ -322,7 +326,7 @@ def _compare_plain(name: str, a: Tensor, b: Tensor) -> Difference | None:
     if a.is_floating_point() and a.numel():
         for x, y in zip(a.flatten().split(CHUNK_ELEMENTS), b.flatten().split(CHUNK_ELEMENTS), strict=True):
             decoded.add(x[None], y[None])
-    return Difference(name, "", place, len(where), len(left), None, decoded.relative, decoded.largest)
+    return Difference(name, "", place, count, len(left), None, decoded.relative, decoded.largest)
 
 
 def _explain(pair: _Pair, differences: list[Difference], source: Checkpoint) -> Iterator[Explanation]:

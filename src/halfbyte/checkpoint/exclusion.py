@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 
 from ..errors import CheckpointError
 from ..names import Name
@@ -59,6 +60,14 @@ def check_patterns(patterns: Iterable[str], longest: int) -> None:
 _STEPS = 10**8
 
 
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(f"config.json: {pattern!r} is not a regular expression ({error}); repair it") from error
+
+
 def excluded_by_vllm_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
     """Exact for all members, then raw substring, then glob."""
     if all(member in patterns for member in members):
@@ -79,7 +88,7 @@ def excluded_by_compressed_tensors(layer: str, members: tuple[str, ...], pattern
     """Exact, or `re:` with re.match; a fused layer by all its members."""
 
     def one(name: str) -> bool:
-        return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
+        return any(_regex(p[3:]).match(name) is not None if p.startswith("re:") else p == name for p in patterns)
 
     return one(layer) or all(one(member) for member in members)
 
@@ -94,7 +103,7 @@ def excluded_by_tensorrt_llm(layer: str, members: tuple[str, ...], patterns: Seq
         parts = name.split(".")
         paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         return any(
-            re.fullmatch(p[3:], path) is not None if p.startswith("re:") else fnmatch.fnmatchcase(path, p)
+            _regex(p[3:]).fullmatch(path) is not None if p.startswith("re:") else fnmatch.fnmatchcase(path, p)
             for p in patterns
             for path in paths
         )
@@ -110,7 +119,7 @@ def excluded_by_transformers(layer: str, members: tuple[str, ...], patterns: Seq
 
     def one(name: str) -> bool:
         end = r"(?:(?<=\.)|(?=\.|$))"
-        return any(re.match(f"(?:{p}){end}", name) is not None or name.endswith(p) for p in patterns)
+        return any(_regex(f"(?:{p}){end}").match(name) is not None or name.endswith(p) for p in patterns)
 
     return one(layer) or all(one(member) for member in members)
 

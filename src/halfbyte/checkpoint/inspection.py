@@ -166,7 +166,7 @@ def inspect(
         kinds=tuple(_rows(measured, by_layer=False)),
         total=_row(("", None, "all", "", ""), measured),
         weights=measured,
-        scales=_sums(measured, lambda result: result.scales),
+        scales=_sums((m for m in measured if m.blocks), lambda result: result.scales),
         codes=_sums((m for m in measured if int(m.codes.sum())), lambda result: result.codes),
         kept=_kept(found),
         nbytes=found.checkpoint.nbytes,

@@ -82,7 +82,14 @@ class Case:
         """The engine's layer, and what it is made of; transformers fuses nothing but experts."""
         if self.engine == "transformers":
             return name.module, (name.module,)
+        experts = name.experts_module
+        if experts is not None and self.declared.method == "modelopt" and name.module not in self._ignored:
+            return experts, (experts,)  # asked for once, not for each of thousands of experts
         return engine_layer(name, self.modules)
+
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        return frozenset(self.declared.ignore)
 
     def quantized_by_config(self, layer: str, members: tuple[str, ...]) -> bool:
         """Whether the engine expects this layer quantized."""

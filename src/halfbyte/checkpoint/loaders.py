@@ -273,12 +273,18 @@ def judge(
     histograms: of block-scale bytes, as `scale_histograms` gives them, where they are known already.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or neither config nor tensors are of NVFP4 or MXFP8.
     """
+    declarations = {engine: declared_for(found, engine) for engine in engines}
+    if not found.weights and not any(d is not None and d.scheme in SCHEMES for d in declarations.values()):
+        schemes = ", ".join(sorted({"nothing" if d is None else d.scheme for d in declarations.values()}))
+        raise CheckpointError(
+            f"{found.checkpoint.directory}: declares {schemes} and has no weight in NVFP4 or MXFP8; this knows no other"
+        )
     histograms = scale_histograms(found, progress) if histograms is None else histograms
     verdicts = []
     for engine in engines:
-        declared = declared_for(found, engine)
+        declared = declarations[engine]
         if declared is None:
             what = "no quantization is declared, so the engine builds a model in high precision"
             objection = Objection("names", REFUSES, "config.json", what, "each engine's reader of quantization_config")
@@ -294,7 +300,7 @@ def _objections(case: Case) -> Iterator[Objection]:
     declared, source = case.declared, _MODELOPT[case.engine]
     if declared.scheme not in SCHEMES:
         known = ", ".join(SCHEMES)
-        what = f"declares {declared.scheme!r}, which is not among what is known here: {known}"
+        what = f"declares {declared.scheme!r}, which is none of the schemes of NVFP4 and MXFP8: {known}"
         yield Objection("scheme", REFUSES, declared.file, what, source)
         return
     if (found := SCHEMES[declared.scheme].get(case.engine)) is not None:

@@ -74,7 +74,7 @@ class Measured:
             "shape": list(self.weight.shape),
             "bytes": self.weight.nbytes,
             "bits": self.bits,
-            "tensor_scale": self.tensor_scale,
+            "tensor_scale": self.tensor_scale if math.isfinite(self.tensor_scale or 0.0) else str(self.tensor_scale),
             "blocks": self.blocks,
             "saturated": self.saturated,
             "flushed": self.flushed,
@@ -116,6 +116,11 @@ def measure(
         try:
             original = None if source is None else find_original(weight, source, originals)
             _measure(result, found, source, original, device)
+            if result.squared_error is not None and not math.isfinite(
+                result.squared_error + (result.squared_norm or 0.0)
+            ):
+                result.squared_error = result.squared_norm = result.largest_error = None
+                result.problem = "it or its original has values that are NaN or infinite"
         except HalfbyteError as error:
             result.problem = str(error)
             result.dead = False

@@ -207,7 +207,11 @@ def _weight(checkpoint: Checkpoint, tensor: str, layers: int | None) -> Weight |
             continue
         columns = info.shape[-1] * (2 if isinstance(spelling.format, NVFP4) else 1) if info.shape else 0
         shape = (*info.shape[:-1], columns)
-        if len(shape) not in (2, 3) or scale.shape != (*shape[:-1], columns // spelling.format.block_columns):
+        if (
+            len(shape) not in (2, 3)
+            or 0 in shape
+            or scale.shape != (*shape[:-1], columns // spelling.format.block_columns)
+        ):
             continue
         parts = (spelling.elements, spelling.block_scale, spelling.tensor_scale)
         sizes = (checkpoint.tensors.get(f"{path}{part}") for part in parts if part is not None)

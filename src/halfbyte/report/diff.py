@@ -34,7 +34,7 @@ def print_diff(console: Console, found: Diff) -> None:
                 _print_explanation(console, explanation)
             elif explanation is tried[-1]:
                 _print_rule(console, next(p for p in explanation.producers if p.name == rules[0]))
-    if not found.explanations:
+    if not found.explanations and any(difference.blocks for difference in found.differences):
         console.print(Text("Whose rules are these? Give the original: --source MODEL", style="dim"))
 
 
