@@ -180,7 +180,8 @@ def test_saved_bytes(rng) -> None:
         (LayerRecipe(), bf16, 0),
         (LayerRecipe(ROW, backward="dequantized"), of_x + 4 * tokens, of_w + 4),
         (LayerRecipe(backward="dequantized"), of_x + 4, of_w + 4),
-        (TransformerEngine().recipe().to_layer(), of_x + 4, 0),
+        (TransformerEngine().recipe().to_layer(), of_x + 4, of_w + 4),  # 16×16 blocks: dgrad multiplies by the same
+        (LayerRecipe(gradients=hb.NVFP4(), backward="quantized"), of_x + 4, 0),
     ):
         layer = Linear(k, n, dtype=torch.bfloat16, recipe=recipe)
         equal(saved_bytes(layer, x), activations + weight, str(recipe))

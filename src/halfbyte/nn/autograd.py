@@ -26,7 +26,8 @@ from .operands import (
     Operand,
     constant,
     decode,
-    encode,
+    encode_and_decode,
+    encode_columns,
     encode_gradient,
     encode_transposed,
     fake,
@@ -41,7 +42,7 @@ class Weight(NamedTuple):
 
     Attributes:
         operand: q·s and the tensor scale.
-        encoded: what "dequantized" saves; None otherwise.
+        encoded: what is saved where backward multiplies by the same; None otherwise.
         amax: the maximum that it was quantized with, where that is not its own.
     """
 
@@ -54,9 +55,10 @@ def quantize_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None) -> 
     """weight (N, K) quantized once."""
     if layer.weights is None:
         return Weight(Operand(weight, None), None, None)
-    if layer.backward == "dequantized":
-        encoded = encode(weight, layer.weights, amax)
-        return Weight(unscaled(encoded, layer.weights), encoded, amax)
+    square = isinstance(layer.weights, NVFP4) and layer.weights.block == (16, 16)
+    if layer.backward == "dequantized" or (layer.backward == "quantized" and square):
+        encoded, operand = encode_and_decode(weight, layer.weights, amax)
+        return Weight(operand, encoded, amax)
     return Weight(fake(weight, layer.weights, amax), None, amax)
 
 
@@ -86,16 +88,19 @@ class QuantizedLinear(torch.autograd.Function):
         if layer.activations is None:
             x_operand = Operand(x, None)
         elif layer.backward == "quantized" and needs_weight:
-            rows, columns = encode_transposed(
-                x, layer.activations, layer.wgrad_activations, layer.token_block, groups.activations
-            )
-            x_operand = first_rows(unscaled(rows, layer.activations), x.shape[0])
-            saved = list(columns)
+            wgrad = layer.wgrad_activations, layer.token_block, groups.activations
+            if isinstance(layer.activations, NVFP4) and layer.activations.scaling == "row":  # two reads in any case
+                x_operand = fake(x, layer.activations, shared_amax(x, layer.activations, groups.activations))
+                saved = list(encode_columns(x, *wgrad))
+            else:
+                rows, columns = encode_transposed(x, layer.activations, *wgrad)
+                x_operand = first_rows(unscaled(rows, layer.activations), x.shape[0])
+                saved = list(columns)
         else:
             amax = shared_amax(x, layer.activations, groups.activations)
             if layer.backward == "dequantized" and needs_weight:
-                encoded = encode(x, layer.activations, amax)
-                x_operand, saved = unscaled(encoded, layer.activations), list(encoded)
+                encoded, x_operand = encode_and_decode(x, layer.activations, amax)
+                saved = list(encoded)
             else:
                 x_operand = fake(x, layer.activations, amax)
         y = _forward_matmul(x_operand, Operand(values, scale), bias, x.dtype)
@@ -127,7 +132,7 @@ class QuantizedLinear(torch.autograd.Function):
             )
             if needs_x:
                 g = first_rows(unscaled(rows, layer.gradients), dy.shape[0])
-                w = _dgrad_weight(constant(of_weight[0]), layer, weight_amax, groups)
+                w = _dgrad_weight(of_weight, layer, weight_amax, groups)
                 dx = scaled_matmul(g.values, w.values, g.scale, w.scale, out_dtype=dy.dtype)
             if needs_weight:
                 g = unscaled(columns, layer.wgrad_gradients)
@@ -155,10 +160,17 @@ def _forward_matmul(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torc
     return scaled_matmul(a, b, x.scale, w.scale, bias=bias, out_dtype=out_dtype)
 
 
-def _dgrad_weight(weight: Tensor, layer: LayerRecipe, amax: Tensor | None, groups: AmaxGroups) -> Operand:
-    """ŵ₂ᵀ (K, N): with 16×16 blocks ŵᵀ, else wᵀ quantized by itself."""
-    fmt = layer.weights
+def _dgrad_weight(
+    saved: Sequence[Tensor | None], layer: LayerRecipe, amax: Tensor | None, groups: AmaxGroups
+) -> Operand:
+    """ŵ₂ᵀ (K, N): what forward saw where that was saved, as 16×16 blocks are; else wᵀ quantized by itself."""
+    fmt, (data, block_scale, tensor_scale) = layer.weights, saved
     assert fmt is not None  # checked when the recipe was built
+    assert data is not None  # saved where x needs a gradient
+    if block_scale is not None:
+        values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
+        return Operand(values.mT, scale)
+    weight = constant(data)
     if isinstance(fmt, NVFP4) and fmt.block == (16, 16):
         values, scale = fake(weight, fmt, amax)
         return Operand(values.mT, scale)

@@ -26,11 +26,10 @@ from .operands import (
     AmaxGroups,
     Operand,
     constant,
-    encode,
+    encode_and_decode,
     fake,
     local_amax,
     reduce_amax,
-    unscaled,
 )
 
 FUNCTION = "halfbyte"
@@ -62,8 +61,8 @@ class GroupedFunction(torch.autograd.Function):
         else:
             fmt, amax = by_rows(layer.activations), rows_amax(x, layer.activations, offsets, groups)
             if dequantized and needs_weight:
-                encoded = encode(x, fmt, amax)
-                a, saved = unscaled(encoded, fmt), list(encoded)
+                encoded, a = encode_and_decode(x, fmt, amax)
+                saved = list(encoded)
             else:
                 a = fake(x, fmt, amax)
         of_weight: list[Tensor | None] = [weight, None, None]
@@ -72,8 +71,8 @@ class GroupedFunction(torch.autograd.Function):
         else:
             amax = weights_amax(weight, layer.weights, groups)
             if dequantized and needs_x:
-                kept = encode(constant(weight), layer.weights, amax, per_matrix=True)
-                b, of_weight = unscaled(kept, layer.weights), list(kept)
+                kept, b = encode_and_decode(constant(weight), layer.weights, amax, per_matrix=True)
+                of_weight = list(kept)
             else:
                 b = fake(constant(weight), layer.weights, amax, per_matrix=True)
         ctx.save_for_backward(

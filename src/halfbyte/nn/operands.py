@@ -84,6 +84,17 @@ def constant(weight: Tensor) -> Tensor:
     return weight.detach().clone() if weight.device.type == "cpu" else weight.detach()
 
 
+def encode_and_decode(
+    x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool = False
+) -> tuple[Encoded, Operand]:
+    """x encoded, to be saved, and what goes into the matmul; from one read of x on a GPU."""
+    if isinstance(fmt, NVFP4) and x.dtype == MATMUL_DTYPE:
+        q, values = ops.quantize_with_values(x, fmt, amax=amax, per_matrix=per_matrix)
+        return Encoded(*q[:3]), Operand(values, q.tensor_scale)
+    encoded = encode(x, fmt, amax, per_matrix=per_matrix)
+    return encoded, unscaled(encoded, fmt)
+
+
 def shared_amax(x: Tensor, fmt: Format | None, group: dist.ProcessGroup | None) -> Tensor | None:
     """The maximum over all of a group's shards, that x is to be quantized with; None where x's own will do."""
     return None if group is None or not isinstance(fmt, NVFP4) else reduce_amax(local_amax(x, fmt), group)
@@ -115,6 +126,12 @@ def encode_transposed(
         rows, columns = ops.quantize_transpose(x, fmt, transposed_fmt, amax=amax, transposed_amax=transposed_amax)
         return Encoded(*rows[:3]), Encoded(*columns[:3])
     return encode(x, fmt, amax), encode(x.mT, transposed_fmt, transposed_amax)
+
+
+def encode_columns(x: Tensor, transposed_fmt: Format, block: int, group: dist.ProcessGroup | None) -> Encoded:
+    """The second of `encode_transposed` alone."""
+    x = whole_blocks(x, block)
+    return encode(x.mT, transposed_fmt, shared_amax(x.mT, transposed_fmt, group))
 
 
 def encode_gradient(
