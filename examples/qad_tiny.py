@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")  # TF32 for what is not quantized, where there is any
     began = time.time()
     tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
     teacher: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
