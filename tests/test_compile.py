@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import halfbyte as hb
 from halfbyte import ops
@@ -143,12 +144,18 @@ def halves(q: hb.QuantizedTensor) -> tuple[hb.QuantizedTensor, Tensor]:
     return q[16:].clone(), q.view(2, 16, 64).dequantize(torch.bfloat16)
 
 
+def facts(q: Any) -> Tensor:
+    made = hb.quantize(q.dequantize(), NV).format_facts
+    return q.packed + (1 if (q.format, q.format_facts) == (NV, made) else 2)
+
+
 QUANTIZED: dict[str, Callable[[Any], Any]] = {
     "input": lambda q: q.dequantize(torch.float16),
     "output": lambda q: q.detach(),
     "views": lambda q: q[16:].dequantize() + q.view(32, 64).dequantize()[:16],
     "both": halves,
     "dtype": lambda q: q.to(torch.bfloat16),
+    "format": facts,
     "attributes": lambda q: q.amax * q.tensor_scale + q.packed.sum() + q.shape[0],
 }
 
@@ -191,10 +198,20 @@ def test_quantize_is_one_operator() -> None:
 
     from torch._dynamo.backends.common import aot_autograd
 
-    torch.compile(CALLS["quantize"], fullgraph=True, backend=aot_autograd(fw_compiler=keep))(torch.ones(4, 32))
+    backend = aot_autograd(fw_compiler=keep)
+    torch.compile(CALLS["quantize"], fullgraph=True, dynamic=False, backend=backend)(torch.ones(4, 32))
     equal(
         [[name for name in graph if "getitem" not in name] for graph in graphs], [["halfbyte.quantize_nvfp4.default"]]
     )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_tensors(name: str) -> None:
+    """Without torch.compile, tensors that have no memory give the shapes and dtypes that others give."""
+    wanted = parts(CALLS[name](torch.ones(2, 32, 64)))
+    with FakeTensorMode():
+        got = parts(CALLS[name](torch.empty(2, 32, 64)))
+    equal([(type(part), part.shape, part.dtype) for part in got], [(FakeTensor, e.shape, e.dtype) for e in wanted])
 
 
 def test_cache_key(rng) -> None:

@@ -346,6 +346,37 @@ def test_compiled(rng, name: str) -> None:
     same_bits(torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")(x), COMPILED[name](x))
 
 
+INPUTS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], tuple[Any, ...]]]] = {
+    "linear": (hb.linear, lambda x: (hb.quantize(x, ROW), hb.quantize(x.flip(0), TENSOR))),
+    "linear swizzled": (hb.linear, lambda x: (hb.quantize(x, TENSOR, swizzle=True), hb.quantize(x, ROW))),
+    "linear mxfp8": (hb.linear, lambda x: (hb.quantize(x, MX), hb.quantize(x, MX))),
+    "weight": (lambda x, w: hb.linear(hb.quantize(x, ROW), w), lambda x: (x, hb.quantize(x, TENSOR))),
+    "weight only": (hb.linear, lambda x: (x.bfloat16(), hb.quantize(x, TENSOR))),
+    "grouped": (
+        hb.grouped_linear,
+        lambda x: (
+            hb.quantize(x, ROW), hb.quantize(x.view(2, -1, x.shape[1]), TENSOR, per_matrix=True),
+            torch.tensor([3, len(x)], dtype=torch.int32),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_compiled_with_quantized_inputs(rng, name: str) -> None:
+    function, make = INPUTS[name]
+    inputs = make(torch.randn(32, 64, generator=rng))
+    same_bits(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs))
+
+
+def test_compiled_again_for_another_format(rng) -> None:
+    compiled = torch.compile(hb.linear, fullgraph=True, backend="aot_eager")
+    x = torch.randn(32, 64, generator=rng)
+    for fmt in (TENSOR, ROW, MX, RHT):
+        q = hb.quantize(x, fmt)
+        same_bits(compiled(q, q), hb.linear(q, q))
+
+
 def test_opcheck() -> None:
     a, b, buffer = torch.randn(4, 16), torch.randn(6, 16), torch.zeros(4, 6)
     scales = torch.ones(4), torch.ones(())

@@ -277,3 +277,11 @@ def test_storages_stay_resizable(rng: torch.Generator, fmt: NVFP4 | MXFP8) -> No
     same_bits(q.dequantize(impl="cpu"), quantize(x, fmt, impl="cpu").dequantize())
     for tensor in (x, q.packed, q.block_scale):
         true(tensor.untyped_storage().resizable(), "its size was fixed")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "facts"),
+    [(NVFP4(scaling="row", hadamard=True), ("NVFP4", 16, "row", True)), (MXFP8(), ("MXFP8", 32, None, False))],
+)
+def test_format_facts(fmt: NVFP4 | MXFP8, facts: tuple[object, ...]) -> None:
+    equal(tuple(quantize(torch.ones(32, 64), fmt).format_facts), facts)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import ops
 from .errors import FormatError, ShapeError
-from .formats import MXFP8, NVFP4
 from .tensor import QuantizedTensor
 
 Operand = QuantizedTensor | Tensor
@@ -64,7 +63,7 @@ def linear(
         impl == "auto"
         and isinstance(x, QuantizedTensor)
         and isinstance(w, QuantizedTensor)
-        and type(x.format) is type(w.format)
+        and x.format_facts.name == w.format_facts.name
         and ops.has_block_scaled_matmul(x.device, rows, columns, k)
     ):
         codes = x.packed.reshape(rows, x.packed.shape[-1]), _swizzled_scale(x), w.packed, _swizzled_scale(w)
@@ -122,10 +121,10 @@ def _check_operands(x: Operand, w: Operand, w_dims: int) -> None:
             f"x has shape {tuple(x.shape)} on {x.device}, w {tuple(w.shape)} on {w.device}; "
             "the last dimensions must be equal, and the devices"
         )
-    formats = [operand.format if isinstance(operand, QuantizedTensor) else None for operand in (x, w)]
-    if formats == [None, None]:
+    formats = [operand.format_facts if isinstance(operand, QuantizedTensor) else None for operand in (x, w)]
+    if formats[0] is None and formats[1] is None:
         raise FormatError("neither x nor w is quantized: use torch.nn.functional.linear")
-    transformed = [isinstance(fmt, NVFP4) and fmt.hadamard for fmt in formats]
+    transformed = [fmt is not None and fmt.hadamard for fmt in formats]
     if transformed[0] != transformed[1]:
         which, other = ("x", "w") if transformed[0] else ("w", "x")
         raise FormatError(
@@ -133,15 +132,15 @@ def _check_operands(x: Operand, w: Operand, w_dims: int) -> None:
             "quantize both with hadamard=True, or neither"
         )
     plain = [operand for operand in (x, w) if not isinstance(operand, QuantizedTensor)]
-    if plain and plain[0].dtype == torch.float16 and any(isinstance(fmt, MXFP8) for fmt in formats):
+    if plain and plain[0].dtype == torch.float16 and any(fmt is not None and fmt.name == "MXFP8" for fmt in formats):
         raise FormatError("MXFP8 with float16, which does not hold its values: convert the other operand to bfloat16")
 
 
 def _check_parts(q: QuantizedTensor, name: str) -> None:
     """The codes and block scales must be what the format says."""
-    nvfp4 = isinstance(q.format, NVFP4)
-    codes, scale = (torch.uint8, torch.float8_e4m3fn) if nvfp4 else (torch.float8_e4m3fn, torch.uint8)
-    blocks = q.shape[-1] // q.format.block_columns
+    fmt = q.format_facts
+    codes, scale = (torch.uint8, torch.float8_e4m3fn) if fmt.name == "NVFP4" else (torch.float8_e4m3fn, torch.uint8)
+    blocks = q.shape[-1] // fmt.block_columns
     shape = (*q.shape[:-1], blocks)
     good = isinstance(q.block_scale, Tensor) and q.block_scale.dtype == scale and q.block_scale.device == q.device
     if good and not q.swizzled:
@@ -152,7 +151,7 @@ def _check_parts(q: QuantizedTensor, name: str) -> None:
         good = tuple(q.block_scale.shape) == wanted
     if not good or q.packed.dtype != codes:
         raise ShapeError(
-            f"{name}: codes are {_spell(q.packed)}, block scales {_spell(q.block_scale)}; {type(q.format).__name__} "
+            f"{name}: codes are {_spell(q.packed)}, block scales {_spell(q.block_scale)}; {fmt.name} "
             f"has {codes} codes and {scale} scales of shape {shape}, or swizzled ones with swizzled=True"
         )
 
@@ -161,16 +160,16 @@ def _scale(operand: Operand, name: str, tensor_shapes: tuple[Shape, ...], row_sh
     """The operand's tensor scale: by its format of one of tensor_shapes, or of row_shape."""
     if not isinstance(operand, QuantizedTensor):
         return None
-    scale = operand.tensor_scale
-    if isinstance(operand.format, MXFP8):
+    scale, fmt = operand.tensor_scale, operand.format_facts
+    if fmt.name == "MXFP8":
         if scale is not None:
             raise ShapeError(f"{name}.tensor_scale is {_spell(scale)}; MXFP8 has none: make it None")
         return None
-    shapes = (row_shape,) if operand.format.scaling == "row" else tensor_shapes
+    shapes = (row_shape,) if fmt.scaling == "row" else tensor_shapes
     good = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == operand.device
     if scale is None or not good or tuple(scale.shape) not in [tuple(shape) for shape in shapes]:
         raise ShapeError(
-            f"{name}.tensor_scale is {_spell(scale)}; scaling={operand.format.scaling!r} needs torch.float32 on "
+            f"{name}.tensor_scale is {_spell(scale)}; scaling={fmt.scaling!r} needs torch.float32 on "
             f"{operand.device} of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
         )
     return scale
@@ -189,14 +188,14 @@ def _values(x: Operand, w: Operand, impl: ops.Impl) -> tuple[Tensor, Tensor]:
 def _decode(operand: Operand, dtype: torch.dtype, impl: ops.Impl) -> Tensor:
     if not isinstance(operand, QuantizedTensor):
         return operand
-    return operand.dequantize(dtype, unscaled=isinstance(operand.format, NVFP4), impl=impl)
+    return operand.dequantize(dtype, unscaled=operand.format_facts.name == "NVFP4", impl=impl)
 
 
 def _swizzled_scale(q: QuantizedTensor) -> Tensor:
     """Block scales of all rows as one matrix, in the order that the hardware reads."""
     if q.swizzled and q.block_scale.dim() == 1:
         return q.block_scale
-    blocks = q.shape[-1] // q.format.block_columns
+    blocks = q.shape[-1] // q.format_facts.block_columns
     scale = ops.unswizzle(q.block_scale, q.shape[-2], blocks) if q.swizzled else q.block_scale
     return ops.swizzle(scale.reshape(math.prod(q.shape[:-1]), blocks))
 

@@ -1,8 +1,9 @@
 """Validate → pick the implementation → run. The only place that dispatches.
 
 Everything here takes and returns plain tensors; `halfbyte.functional` wraps them. "reference" is `numerics` itself;
-every other implementation has functions of the same signatures, and equals it bit for bit. Under torch.compile each
-call is one opaque operator (custom.py); otherwise the implementation is called directly, which costs less.
+every other implementation has functions of the same signatures, and equals it bit for bit. Under torch.compile, or a
+dispatch mode, each call is one opaque operator (custom.py); otherwise the implementation is called directly, which
+costs less.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def quantize_nvfp4(
     """See `halfbyte.quantize`."""
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block, importance=importance, hessian=hessian)
     name = pick(impl, x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         words = custom.signed(rng)
         return Encoded(
             *custom.quantize_nvfp4(
@@ -87,7 +88,7 @@ def quantize_mxfp8(x: Tensor, fmt: MXFP8, *, impl: str = "auto") -> tuple[Tensor
     """(elements, block_scale); see `halfbyte.quantize`."""
     check_input(x, fmt)
     name = pick(impl, x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.quantize_mxfp8(x.detach(), name)  # type: ignore[no-any-return]
     return backend(name).quantize_mxfp8(x.detach())
 
@@ -97,7 +98,7 @@ def dequantize_nvfp4(
 ) -> Tensor:
     """See `halfbyte.QuantizedTensor.dequantize`; tensor_scale None leaves it out."""
     name = pick(impl, packed.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.dequantize_nvfp4(packed, block_scale, tensor_scale, dtype, name)  # type: ignore[no-any-return]
     return backend(name).dequantize_nvfp4(packed, block_scale, tensor_scale, dtype)
 
@@ -105,7 +106,7 @@ def dequantize_nvfp4(
 def dequantize_mxfp8(elements: Tensor, block_scale: Tensor, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
     """See `halfbyte.QuantizedTensor.dequantize`."""
     name = pick(impl, elements.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.dequantize_mxfp8(elements, block_scale, dtype, name)  # type: ignore[no-any-return]
     return backend(name).dequantize_mxfp8(elements, block_scale, dtype)
 
@@ -124,7 +125,7 @@ def fake_quantize(
     """(values, tensor_scale); see `halfbyte.fake_quantize` and `halfbyte.fake_quantize_unscaled`."""
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
     name = pick(impl, x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         words = custom.signed(rng)
         return custom.fake_quantize(  # type: ignore[no-any-return]
             x, amax, custom.spell(fmt), unscaled, per_matrix, words, first_block, name
@@ -149,7 +150,7 @@ def quantize_with_values(
     """
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
     name = pick(impl, x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         *parts, values = custom.quantize_with_values(
             x, amax, custom.spell(fmt), per_matrix, custom.signed(rng), first_block, name
         )
@@ -174,7 +175,7 @@ def quantize_transpose(
     x, amax = _checked(x, fmt, amax, True, rng, 0)
     _, transposed_amax = _checked(x.mT, transposed_fmt, transposed_amax, True, transposed_rng, 0, "x.mT", "transposed_")
     name = pick(impl, x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         formats, words = (custom.spell(fmt), custom.spell(transposed_fmt)), custom.signed(rng)
         parts = custom.quantize_transpose(
             x, amax, transposed_amax, *formats, words, custom.signed(transposed_rng), name
@@ -204,7 +205,7 @@ def quantize_many(
         amax = amax.detach()
     xs = [x.detach() if x.requires_grad else x for x in xs]
     name = pick(impl, xs[0].device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         parts = custom.quantize_many(xs, amax, custom.spell(fmt), shared_amax, name)
         return [Encoded(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
     return [*map(Encoded._make, backend(name).quantize_many(xs, fmt, amax=amax, shared_amax=shared_amax))]
@@ -216,7 +217,7 @@ def swizzle(scale: Tensor, *, impl: str = "auto") -> Tensor:
     if scale.dim() < 2:
         raise ShapeError(f"scale has shape {tuple(scale.shape)}; needs (…, rows, columns): use scale[None]")
     name = pick(impl, scale.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.swizzle(scale, name)  # type: ignore[no-any-return]
     return backend(name).swizzle(scale)
 
@@ -231,7 +232,7 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int, *, impl: str = "auto") 
             "give the rows and columns that were swizzled"
         )
     name = pick(impl, swizzled.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.unswizzle(swizzled, rows, columns, name)  # type: ignore[no-any-return]
     return backend(name).unswizzle(swizzled, rows, columns)
 

@@ -22,6 +22,14 @@ Words = tuple[int, int] | None
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def wanted() -> bool:
+    """Whether operators are recorded or replaced here, by torch.compile or by a dispatch mode such as FakeTensorMode.
+
+    torch.compile runs methods of a tensor subclass untraced, in a mode; is_compiling() is False there in torch 2.11.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def spell(fmt: NVFP4) -> str:
     """A format as text that `_read` reads."""
     return (

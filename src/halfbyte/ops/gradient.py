@@ -44,7 +44,7 @@ def quantize_gradient(
     check_input(x, fmt)
     check_input(x.mT, transposed_fmt, "x.mT")
     x, name = x.detach(), pick("auto", x.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         spelled = custom.spell(fmt), custom.spell(transposed_fmt)
         parts = custom.quantize_gradient(x, amax, transposed_amax, *spelled, state, name)
     else:

@@ -69,7 +69,7 @@ def scaled_matmul(
     if accumulate_into is not None:
         _check_buffer(accumulate_into, a, (rows, columns))
     name = pick(impl, a.device)
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         if accumulate_into is None:
             return custom.scaled_matmul(a, b, a_scale, b_scale, bias, out_dtype, name)  # type: ignore[no-any-return]
         custom.scaled_matmul_accumulate(a, b, a_scale, b_scale, bias, accumulate_into, name)
@@ -119,7 +119,7 @@ def scaled_grouped_matmul(
     name = pick(impl, a.device)
     if name == "triton" and a.device.type == "cuda" and a.dtype != torch.bfloat16:
         raise ShapeError(f"a is {_spell(a)}; torch's grouped matmul takes bfloat16, which holds q·s: convert both")
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         return custom.scaled_grouped_matmul(  # type: ignore[no-any-return]
             a, b, offsets, a_scale, b_scale, bias, out_dtype, name
         )
@@ -173,7 +173,7 @@ def block_scaled_matmul(
     if accumulate_into is not None:
         _check_buffer(accumulate_into, a, (rows, columns))
     operands = a, a_block_scale, b, b_block_scale, a_scale, b_scale
-    if torch.compiler.is_compiling():
+    if custom.wanted():
         if accumulate_into is None:
             return custom.block_scaled_matmul(*operands, bias, out_dtype)  # type: ignore[no-any-return]
         custom.block_scaled_matmul_accumulate(*operands, bias, accumulate_into)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from . import shapes  # noqa: F401  # fills the table
 from .table import TABLE, lacks_rows, scale_kind
 
 PARTS = ("packed", "block_scale", "tensor_scale", "amax")
+
+
+class FormatFacts(NamedTuple):
+    """What a matmul depends on of a format."""
+
+    name: str
+    block_columns: int
+    scaling: str | None
+    hadamard: bool
 
 
 class QuantizedTensor(Tensor):
@@ -85,6 +94,16 @@ class QuantizedTensor(Tensor):
         self.packed, self.block_scale, self.tensor_scale, self.amax = packed, block_scale, tensor_scale, amax
         self.format, self.swizzled, self.transposed, self.shares_scale = format, swizzled, transposed, shares_scale
         return cast(QuantizedTensor, self)
+
+    @property
+    def format_facts(self) -> FormatFacts:
+        """What of format a graph that torch.compile traces may read of a tensor that it made itself.
+
+        There torch knows attributes that are tensors or built-in values, but no dataclass: reading format fails.
+        """
+        fmt = self.format
+        scaling, hadamard = (fmt.scaling, fmt.hadamard) if isinstance(fmt, NVFP4) else (None, False)
+        return FormatFacts(type(fmt).__name__, fmt.block_columns, scaling, hadamard)
 
     def replace(self, **changes: Any) -> QuantizedTensor:
         """The same with some attributes changed, like `dataclasses.replace`; nothing is copied."""
