@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -212,7 +213,7 @@ def convert_group(
         return
     weights = [weight.to(device) for weight in found]
     given = [calibrated.weight(item.name.full) if calibrated else None for item in group]
-    given = [None if q is None else q.to(device) for q in given]
+    given = [None if q is None else cast(QuantizedTensor, q.to(device)) for q in given]
     quantized = given
     if any(q is None for q in given):
         (rounded,) = quantize_groups([weight_group(checkpoint, group, weights, fmt)])

@@ -223,10 +223,12 @@ def _search_formats() -> Iterator[NVFP4]:
 def _rest(contents: Contents, source: Checkpoint) -> Iterator[Finding]:
     """config.json but for its quantization, and the files beside the weights."""
     found = contents.checkpoint
-    config = {key: value for key, value in found.config.items() if key != "quantization_config"}
-    for key in sorted(set(config) | set(source.config)):
-        if json.dumps(config.get(key)) != json.dumps(source.config.get(key)):  # NaN is itself here
-            yield Finding("config.json", f"{key} is {config.get(key)!r}, in the source {source.config.get(key)!r}")
+    for key in sorted(
+        (set(found.config) | set(source.config)) - {"quantization_config"}
+    ):  # an empty one's, in a source
+        value, wanted = found.config.get(key), source.config.get(key)
+        if json.dumps(value) != json.dumps(wanted):  # NaN is itself here
+            yield Finding("config.json", f"{key} is {value!r}, in the source {wanted!r}")
     for name in companions(source.directory):
         copy = found.directory / name
         if not copy.is_file():
