@@ -36,6 +36,7 @@ from halfbyte.checkpoint.convert import Report, convert
 from halfbyte.checkpoint.dequantize import decode
 from halfbyte.checkpoint.recompute import verify_source
 from halfbyte.checkpoint.verify import open_quantized, verify_structure
+from halfbyte.errors import CheckpointError
 from halfbyte.evaluate import WINDOW, windows
 from halfbyte.recipe import Recipe, builtin_recipes
 from halfbyte.runtime import load
@@ -172,7 +173,13 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.recipes:
             out, start = Path(temporary) / name, time.monotonic()
-            report = make(options.model, out, known[name], options)
+            try:
+                report = make(options.model, out, known[name], options)
+            except CheckpointError as error:
+                if "nothing to quantize" not in str(error):
+                    raise
+                print(f"{name}: selects nothing of this model")  # recipes for experts, say, and a dense model
+                continue
             seconds = time.monotonic() - start
             count = gate(out, options.model, options.device)
             made = time.monotonic()

@@ -24,7 +24,6 @@ from .operands import (
     AmaxGroups,
     Encoded,
     Operand,
-    constant,
     decode,
     encode_and_decode,
     encode_columns,
@@ -170,7 +169,7 @@ def _dgrad_weight(
     if block_scale is not None:
         values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
         return Operand(values.mT, scale)
-    weight = constant(data)
+    weight = data.detach()
     if isinstance(fmt, NVFP4) and fmt.block == (16, 16):
         values, scale = fake(weight, fmt, amax)
         return Operand(values.mT, scale)

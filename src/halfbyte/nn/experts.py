@@ -25,7 +25,6 @@ from .operands import (
     MATMUL_DTYPE,
     AmaxGroups,
     Operand,
-    constant,
     encode_and_decode,
     fake,
     local_amax,
@@ -71,10 +70,10 @@ class GroupedFunction(torch.autograd.Function):
         else:
             amax = weights_amax(weight, layer.weights, groups)
             if dequantized and needs_x:
-                kept, b = encode_and_decode(constant(weight), layer.weights, amax, per_matrix=True)
+                kept, b = encode_and_decode(weight.detach(), layer.weights, amax, per_matrix=True)
                 of_weight = list(kept)
             else:
-                b = fake(constant(weight), layer.weights, amax, per_matrix=True)
+                b = fake(weight.detach(), layer.weights, amax, per_matrix=True)
         ctx.save_for_backward(
             *(saved if needs_weight else [None] * 3), *(of_weight if needs_x else [None] * 3), offsets
         )
@@ -129,7 +128,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
     ends = offsets.tolist()
     for expert, (w, end) in enumerate(zip(weight.unbind(0), ends, strict=True)):
         amax = None if amaxes is None else amaxes[expert]
-        operand = fake(constant(w), fmt, amax)
+        operand = fake(w.detach(), fmt, amax)
         into = None if main_grad is None else main_grad[expert]
         parts.append(
             QuantizedLinear.apply(  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from ..formats import NVFP4
 from ..ops.gradient import new_state
 from ..recipe.training import LayerRecipe, TrainingRecipe
 from .autograd import QuantizedLinear, Weight, quantize_weight
-from .operands import AmaxGroups, constant, local_amax, reduce_amax
+from .operands import AmaxGroups, local_amax, reduce_amax
 from .statistics import Statistics
 
 
@@ -116,7 +116,7 @@ class Linear(nn.Linear):
         if reuse and q.kept is not None and q.kept[0] is self.weight and q.kept[1] == versions:
             return q.kept[2]
         with torch.no_grad():
-            weight = quantize_weight(constant(self.weight), q.layer, weight_amax(self))
+            weight = quantize_weight(self.weight.detach(), q.layer, weight_amax(self))
         if reuse:
             q.kept = (self.weight, versions, weight)
         return weight

@@ -75,15 +75,6 @@ def fake(x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool
     return unscaled(encode(x, fmt, amax, per_matrix=per_matrix), fmt)
 
 
-def constant(weight: Tensor) -> Tensor:
-    """A weight to be read without gradient.
-
-    On a CPU a copy: the compiled path reads memory through numpy, after which torch resizes that memory no more, as
-    FSDP2 does with the parameters that it gathers.
-    """
-    return weight.detach().clone() if weight.device.type == "cpu" else weight.detach()
-
-
 def encode_and_decode(
     x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool = False
 ) -> tuple[Encoded, Operand]:

@@ -16,7 +16,7 @@ from ..errors import FormatError
 from ..formats import MXFP8, Format
 from ..policy import matches
 from ..recipe.training import LayerRecipe
-from .operands import constant, decode, encode
+from .operands import decode, encode
 
 Operand = Literal["activations", "weights"]
 
@@ -83,7 +83,7 @@ class Statistics:
         if layer.activations is not None and "activations" in self.sums:
             self.sums["activations"] += sums(x.detach().reshape(-1, x.shape[-1]), layer.activations)
         if layer.weights is not None and "weights" in self.sums:
-            self.sums["weights"] += sums(constant(weight), layer.weights, weight_amax)
+            self.sums["weights"] += sums(weight.detach(), layer.weights, weight_amax)
 
     def results(self) -> dict[str, dict[str, float]]:
         """Operand → underflow, saturation and snr_db; of what nothing was counted, nothing."""
