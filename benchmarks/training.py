@@ -93,6 +93,12 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
+def rotated(items: list[Any], by: int) -> list[Any]:
+    """Each variant follows each other one as often: the clock that one leaves is what the next begins with."""
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
 def medians(calls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
     """Seconds of one call of each, the variants taking turns, after two rounds that are not counted.
 
@@ -102,7 +108,7 @@ def medians(calls: Mapping[str, Callable[[], object]], rounds: int, device: str)
     repeats = REPEATS if device == "cuda" else 1
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):
-        for name, call in calls.items():
+        for name, call in rotated(list(calls.items()), i):
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize()
