@@ -159,6 +159,7 @@ def gptq(weight: Tensor, factor: Factor, fmt: NVFP4, amax: Tensor, *, impl: ops.
             scale = _scale(block, fmt, amax, impl)
             found = round_block(block, upper[start:end, start:end], decode_scale, scale, impl=impl)
             codes[:, first + start : first + end], chosen, error = found
+            error = error.contiguous()  # a matmul's rounding depends on how its operands lie
             scales[:, (first + start) // BLOCK] = chosen.view(torch.uint8)
             saturated += (block.abs().amax(1) > amax).sum()
             loss += error.square().sum()
