@@ -22,3 +22,8 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator seeded by the test's own node id: no test depends on another, or on the order."""
     return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is left to one process while the others are done."""
+    items.sort(key=lambda item: "test_kernels_in_the_interpreter" not in item.nodeid)
