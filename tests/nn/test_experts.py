@@ -86,7 +86,7 @@ def test_main_grad(rng) -> None:
 class Model(nn.Module):
     """One of transformers' experts, where a checkpoint has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: torch.Generator | None = None) -> None:
         super().__init__()
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -95,7 +95,7 @@ class Model(nn.Module):
         config._experts_implementation = "eager"
         experts = Qwen3MoeExperts(config)
         for parameter in experts.parameters():
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.2, generator=rng)
         self.model = nn.ModuleDict(
             {"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})])}
         )
@@ -128,7 +128,7 @@ def by_hand(model: Model, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
 
 
 def test_transformers_experts(rng) -> None:
-    model, inputs = Model(), routed(rng)
+    model, inputs = Model(rng), routed(rng)
     plain = model(*inputs).detach()
     report = convert(model, TrainingRecipe(weights=SIX, evaluation="high_precision"))
     equal([layer.name for layer in report.converted], ["model.layers.0.mlp.experts"])
@@ -147,7 +147,7 @@ def test_transformers_experts(rng) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 def test_compiled(rng) -> None:
     torch._dynamo.reset()
-    model, inputs = Model(), routed(rng)
+    model, inputs = Model(rng), routed(rng)
     convert(model, TrainingRecipe(weights=SIX, backward="dequantized"))
     model.to(torch.bfloat16)
     inputs = tuple(t.bfloat16() if t.is_floating_point() else t for t in inputs)
