@@ -155,6 +155,7 @@ def test_nothing_to_quantize() -> None:
         (X, NV, {}, ShapeError, "xs is Tensor; quantize_many takes a list"),
         ([X, X.double()], NV, {}, ShapeError, r"xs\[1\] is torch.float64"),
         ([X, X[:, :20]], NV, {}, ShapeError, r"xs\[1\] has shape \(32, 20\)"),
+        ([X, quantize(X, NV)], NV, {}, ShapeError, r"xs\[1\] is QuantizedTensor; quantize takes plain tensors"),
         ([X, X.to("meta")], NV, {}, ShapeError, r"xs\[1\] is on meta, xs\[0\] on cpu"),
         ([X], STOCHASTIC, {}, FormatError, "call quantize, each with its rng"),
         ([X], ROW, {"shared_amax": True}, FormatError, "every row has its own: leave shared_amax out"),

@@ -38,7 +38,7 @@ def check_inputs(xs: Sequence[Tensor], fmt: Format) -> None:
     compiling = torch.compiler.is_compiling()  # shapes may be symbols, which no set takes
     for i, x in enumerate(xs):
         if not compiling and isinstance(x, Tensor):
-            facts = (x.shape, x.dtype, x.device)
+            facts = (type(x), x.shape, x.dtype, x.device)
             if facts in known:
                 continue
             known.add(facts)
