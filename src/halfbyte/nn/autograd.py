@@ -170,9 +170,6 @@ def _dgrad_weight(
         values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
         return Operand(values.mT, scale)
     weight = data.detach()
-    if isinstance(fmt, NVFP4) and fmt.block == (16, 16):
-        values, scale = fake(weight, fmt, amax)
-        return Operand(values.mT, scale)
     if amax is not None and amax.dim():  # of w's rows; wᵀ has others
         amax = shared_amax(weight.mT, fmt, groups.weights)
     return fake(weight.mT, fmt, amax)

@@ -19,7 +19,7 @@ from ..errors import ShapeError, UnsupportedError
 from ..formats import MXFP8, NVFP4, Format
 from ..ops.matmul import scaled_grouped_matmul
 from ..recipe.training import LayerRecipe, TrainingRecipe
-from .autograd import QuantizedLinear, original_or_decoded
+from .autograd import QuantizedLinear, original_or_decoded, quantize_weight
 from .linear import Quantization, main_grad_of, misfit, quantization_of
 from .operands import (
     MATMUL_DTYPE,
@@ -128,11 +128,12 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
     ends = offsets.tolist()
     for expert, (w, end) in enumerate(zip(weight.unbind(0), ends, strict=True)):
         amax = None if amaxes is None else amaxes[expert]
-        operand = fake(w.detach(), fmt, amax)
+        seen = quantize_weight(w.detach(), layer, amax)
+        encoded = (None, None) if seen.encoded is None else seen.encoded[:2]
         into = None if main_grad is None else main_grad[expert]
         parts.append(
             QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-                x[start:end], w, None, *operand, None, None, amax, into, quantization.state, layer, groups
+                x[start:end], w, None, *seen.operand, *encoded, seen.amax, into, quantization.state, layer, groups
             )
         )
         start = end
