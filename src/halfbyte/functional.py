@@ -250,5 +250,5 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int, *, impl: ops.Impl = "au
 
 
 def _check_format(fmt: Format, name: str = "fmt") -> None:
-    if not isinstance(fmt, NVFP4 | MXFP8):
+    if not isinstance(fmt, Format):
         raise FormatError(f"{name}={fmt!r}: needs an NVFP4(...) or MXFP8() value")

@@ -12,13 +12,20 @@ from halfbyte.kernels import _launch
 
 from ..check import equal
 
+STREAM = 77  # the current one
+
 
 class Compiled:
+    """What Triton's launch returns, as far as the second launch needs it."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, seen: list[Any]) -> None:
         self.seen = seen
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.seen.append(("compiled", grid, args))
+    def run(self, x: int, y: int, z: int, stream: int, function: str, metadata: str, *args: Any) -> None:
+        equal((stream, function, metadata, args[:3]), (STREAM, "function", "metadata", (None, None, None)))
+        self.seen.append(("compiled", (x, y, z), args[3:]))
 
 
 class Kernel:
@@ -43,6 +50,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(_launch, "_COMPILED", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what a CPU tensor's device is
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     return Kernel()
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ._target import INTERPRETING
 
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_COMPILED: dict[tuple[Any, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}  # run, function, metadata, constants
 _MOST = 4096  # entries: a key holds sizes and strides, and a program may meet ever new ones
 
 
 def launch(
     kernel: Any,
-    programs: int | tuple[int, ...],
+    programs: int | tuple[int, int, int],
     tensors: tuple[Tensor, ...],
     numbers: tuple[int, ...],
     words: tuple[Any, ...] = (),
@@ -32,7 +32,8 @@ def launch(
     """`kernel[programs](*tensors, *numbers, *words, **constants)` on the tensors' device and its current stream.
 
     The kernel's parameters come in this order, constants last. numbers may be specialised (1, multiples of 16) and are
-    part of the key; words may not, see `jit_varying`. What has one byte an element reaches kernels as uint8.
+    part of the key; words may not, see `jit_varying`. What has one byte an element reaches kernels as uint8. Triton's
+    own launch hooks are called for the first launch only.
     """
     if INTERPRETING:
         given = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in tensors]
@@ -40,23 +41,27 @@ def launch(
         return
     device = tensors[0].get_device()
     pointers = [t.data_ptr() for t in tensors]
+    together = 0
+    for pointer in pointers:
+        together |= pointer
+    aligned = together % 16 == 0 or tuple(pointer % 16 == 0 for pointer in pointers)  # all are, nearly always
     key = (
-        id(kernel), device, num_warps, maxnreg, numbers, *constants.values(),
-        *[t.dtype for t in tensors], *[pointer % 16 for pointer in pointers],
+        id(kernel), device, num_warps, maxnreg, aligned, numbers, *constants.values(), *[t.dtype for t in tensors]
     )  # fmt: skip
     grid = (programs, 1, 1) if isinstance(programs, int) else programs
     found = _COMPILED.get(key)
     if found is None or device != torch.cuda.current_device():
         _first(key, kernel, grid, tensors, (*numbers, *words), num_warps, maxnreg, constants)
     else:
-        compiled, last = found
-        compiled[grid](*pointers, *numbers, *words, *last)
+        run, function, metadata, last = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *words, *last)
 
 
 def _first(
     key: tuple[Any, ...],
     kernel: Any,
-    grid: tuple[int, ...],
+    grid: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
     numbers: tuple[Any, ...],
     num_warps: int,
@@ -71,7 +76,8 @@ def _first(
         )
     if len(_COMPILED) >= _MOST:
         _COMPILED.clear()
-    _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) + len(numbers) :])
+    last = tuple(constants[name] for name in kernel.arg_names[len(given) + len(numbers) :])
+    _COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata, last
 
 
 def cdiv(a: int, b: int) -> int:

@@ -28,6 +28,7 @@ from .amax import amax as compute_amax
 BLOCKS, WARPS = 128, 2  # 1×16 blocks of a program, two a thread; the best of eight tilings tried on an H200
 ROW_LIMIT = 32768  # columns of a row that one program can hold
 SMALL = 32768  # elements of a matrix that one program finishes sooner than three launches start
+CACHED = 32 << 20  # bytes of one matrix that the L2 cache still holds when its maximum is known
 
 
 @jit
@@ -184,8 +185,8 @@ def quantize(
 
     A transposed view of contiguous matrices is read as it lies (see `transposed.py`), any other strides by element.
 
-    Launches: one with amax given, row scaling, or small matrices; else a fill, the maximum, and the quantization; a
-    fill and one for many contiguous matrices by the amax rule. Nothing synchronises.
+    Launches: one with amax given, row scaling, or small matrices; a fill and one by the amax rule for many contiguous
+    matrices or one that the L2 cache holds; else a fill, the maximum, and the quantization. Nothing synchronises.
     """
     shape = x.shape
     m = as_matrices(x, per_matrix)
@@ -234,7 +235,7 @@ def dispatch(
     elif plain and m.rows * m.columns <= SMALL and fmt.rounding == "nearest" and fmt.scale_rule != "search":
         long = m._replace(rows=1, columns=m.rows * m.columns)  # a matrix as one row, and few sizes to compile for
         row.quantize_into(long, fmt, *out, mode, values, sizes=(128, 512, 2048))
-    elif plain and m.matrices > 1 and mode == "packed" and fmt.scale_rule == "amax":
+    elif plain and mode == "packed" and fmt.scale_rule == "amax" and (m.matrices > 1 or m.x.nbytes <= CACHED):
         stacked.quantize_into(m, fmt, out, seed, offset, first_block)
     else:
         launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode, values)

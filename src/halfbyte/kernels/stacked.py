@@ -1,4 +1,4 @@
-"""Quantize many matrices, each with its own maximum, in one launch that reads device memory about once.
+"""Quantize many matrices, each with its own maximum, or a small one, in one launch that reads device memory about once.
 
 Fewest bytes, for bf16: 2 read and 0.5625 written per element; the second read comes from the L2 cache, since a matrix
 is quantized soon after its maximum is known. The floor is those bytes over the copy bandwidth.

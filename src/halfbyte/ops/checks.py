@@ -85,7 +85,7 @@ def check_error_weights(x: Tensor | None, fmt: NVFP4, importance: Tensor | None,
         raise FormatError("importance is for scale_rule='search' with error='mse' or 'mae': leave it out")
     if hessian is not None and fmt.error != "hessian":
         raise FormatError("hessian is for scale_rule='search' with error='hessian': leave it out")
-    if x is None:
+    if x is None or (importance is None and hessian is None):
         return
     columns = x.shape[-1]
     wanted = {"importance": (columns,), "hessian": (columns // 16, 16, 16)}

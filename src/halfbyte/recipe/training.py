@@ -111,7 +111,7 @@ class LayerRecipe:
 def _check_operand(name: str, fmt: object) -> None:
     if fmt is None:
         return
-    if not isinstance(fmt, NVFP4 | MXFP8):
+    if not isinstance(fmt, Format):
         raise FormatError(f"{name}={fmt!r}: needs an NVFP4(...) or MXFP8() value, or None")
     if isinstance(fmt, MXFP8):
         return
