@@ -11,7 +11,7 @@ from halfbyte.formats import NVFP4
 from halfbyte.kernels import many, quantize, stacked
 from halfbyte.numerics import nvfp4
 
-from ..check import true
+from ..check import equal, true
 from .test_triton_kernels import DEVICE, DTYPES, INTERPRETING, check, poisoned_memory, pytestmark  # noqa: F401
 
 FORMATS = [NVFP4(), NVFP4(hadamard=True), NVFP4(scale_rule="four_over_six")]
@@ -99,3 +99,19 @@ def test_stacks_however_far_ahead(
     for ahead in (1, 3 * 64 * 48 * 2, 12 << 20):  # one matrix ahead, a few, all
         monkeypatch.setattr(stacked, "AHEAD", ahead)
         check(quantize.quantize(x.to(DEVICE), NVFP4(), per_matrix=True), wanted, f"{ahead}")
+
+
+@pytest.mark.parametrize("shape", [(33, 16), (24, 2064)], ids=str)
+def test_one_matrix_in_one_launch(
+    shape: tuple[int, int], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(shape, generator=rng).bfloat16()
+    wanted = nvfp4.quantize(x, NVFP4())
+    monkeypatch.setattr(quantize, "SMALL", 0)
+    launched: list[object] = []
+    into = stacked.quantize_into
+    monkeypatch.setattr(stacked, "quantize_into", lambda *args: (launched.append(args), into(*args)))
+    check(quantize.quantize(x.to(DEVICE), NVFP4()), wanted, "as a stack of one")
+    monkeypatch.setattr(quantize, "CACHED", 0)
+    check(quantize.quantize(x.to(DEVICE), NVFP4()), wanted, "by the maximum first")
+    equal(len(launched), 1)

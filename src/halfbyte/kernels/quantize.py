@@ -28,7 +28,7 @@ from .amax import amax as compute_amax
 BLOCKS, WARPS = 128, 2  # 1×16 blocks of a program, two a thread; the best of eight tilings tried on an H200
 ROW_LIMIT = 32768  # columns of a row that one program can hold
 SMALL = 32768  # elements of a matrix that one program finishes sooner than three launches start
-CACHED = 32 << 20  # bytes of one matrix that the L2 cache still holds when its maximum is known
+CACHED = 8 << 20  # bytes of one matrix up to which a launch more costs more than waiting within one
 
 
 @jit
