@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ._fp8 import e4m3_code
 from ._maxima import block_abs_max, halves_abs_max
-from ._primitives import e4m3_code, jit, join8, unpack_words
+from ._primitives import jit, join8, unpack_words
 from ._rules import SAFE_ABOVE, block_scales, encode, hadamard_words, store_values
 
 THREADS = tl.constexpr(128)

@@ -27,11 +27,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ._e2m1 import e2m1_value
+from ._fp8 import e4m3_round, e4m3_round_two
 from ._primitives import (
     FLT_MAX,
-    e2m1_value,
-    e4m3_round,
-    e4m3_round_two,
     element_scale,
     jit,
     minimum,

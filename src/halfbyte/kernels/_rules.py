@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ._e2m1 import e2m1_pair, e2m1_stochastic_pair, e2m1_values
 from ._four_over_six import four_over_six
+from ._fp8 import e4m3_round
 from ._maxima import reduce_max
+from ._philox import philox_pairs
 from ._primitives import (
     FLT_MAX,
     SIXTH,
-    e2m1_pair,
-    e2m1_stochastic_pair,
-    e2m1_values,
-    e4m3_round,
     element_scale,
     jit,
     join8,
     minimum,
-    philox_pairs,
     round_to_kind,
     split8,
     unpack_words,

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from ._curvature import LEAST as _LEAST
-from ._primitives import FLT_MAX, e2m1_value, element_scale, jit, reciprocal_near, split8
+from ._e2m1 import e2m1_value
+from ._primitives import FLT_MAX, element_scale, jit, reciprocal_near, split8
 
 LEAST = tl.constexpr(_LEAST)
 HUGE = tl.constexpr(0x7F000000)  # bits of 2^127

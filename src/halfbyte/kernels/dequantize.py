@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _target
+from ._e2m1 import e2m1_values
+from ._fp8 import e4m3_value
 from ._launch import cdiv, launch
-from ._primitives import e2m1_values, e4m3_value, jit, words_of
+from ._primitives import jit, words_of
 from ._tiles import KINDS
 
 BLOCKS = 512

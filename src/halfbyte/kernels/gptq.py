@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _target
-from ._primitives import e2m1_code, e2m1_code_value, element_scale, jit
+from ._e2m1 import e2m1_code, e2m1_code_value
+from ._primitives import element_scale, jit
 from ._search import code_value
 
 COLUMNS = 16

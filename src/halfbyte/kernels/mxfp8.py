@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _target
+from ._fp8 import e4m3_pair, e4m3_pair_values, e8m0_code, power_of_two
 from ._launch import cdiv, launch
 from ._maxima import block_abs_max
-from ._primitives import e4m3_pair, e4m3_pair_values, e8m0_code, jit, power_of_two, words_of
+from ._primitives import jit, words_of
 from ._tiles import KINDS, as_matrices, load_blocks
 
 BLOCKS = 256

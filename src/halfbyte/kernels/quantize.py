@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target, row, search, stacked, transposed
+from ._fp8 import e4m3_code
 from ._launch import cdiv
 from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max
-from ._primitives import e4m3_code, jit, jit_varying, tensor_scales
+from ._primitives import jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax

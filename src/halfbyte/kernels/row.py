@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target
+from ._fp8 import e4m3_code
 from ._launch import launch, next_power_of_2
 from ._maxima import block_abs_max, reduce_max
-from ._primitives import e4m3_code, jit_varying, tensor_scales
+from ._primitives import jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, store_elements
 from ._tiles import Matrices, load_blocks
 

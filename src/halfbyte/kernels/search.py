@@ -18,10 +18,11 @@ from torch import Tensor
 from ..formats import NVFP4
 from . import _target
 from ._curvature import curvature
+from ._fp8 import e4m3_code
 from ._launch import cdiv
 from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max, reduce_max
-from ._primitives import e4m3_code, element_scale, jit_varying, tensor_scales
+from ._primitives import element_scale, jit_varying, tensor_scales
 from ._rules import hadamard, store_elements
 from ._search import code_value, codes
 from ._tiles import Matrices, load_blocks

@@ -20,9 +20,10 @@ from ..formats import NVFP4
 from . import _target
 from . import quantize as rows_first
 from ._columns import column_pairs, load_tile, store_tile
+from ._fp8 import e4m3_code
 from ._launch import cdiv, launch
 from ._maxima import block_abs_max, halves_abs_max
-from ._primitives import e4m3_code, jit, jit_varying, tensor_scales
+from ._primitives import jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax
