@@ -37,9 +37,17 @@ def test_qat(tmp_path: Path, backward: str) -> None:
 @pytest.mark.slow
 def test_qad(tmp_path: Path) -> None:
     file = tmp_path / "qad.json"
-    run("qad_tiny", "--json", str(file))
-    found = json.loads(file.read_text())
-    true(found["trained"] < 0.98 * found["untrained"] < found["plain NVFP4"], str(found))
+    for _ in range(2):
+        run("qad_tiny", "--json", str(file), *(("--no-control", "--steps", "1") if file.exists() else ()))
+    found, again = map(json.loads, file.read_text().splitlines())
+    trained, untrained, plain = (found[name]["kl"] for name in ("trained", "untrained", "plain NVFP4"))
+    true(trained < 0.98 * untrained < plain, str(found))
+    true(abs(found["fall"] - (1 - trained / plain)) < 1e-12, str(found))
+    equal(found["teacher"]["kl"], 0.0)
+    true(found["control"]["kl"] < trained, str(found))
+    equal([again[name] for name in ("teacher", "plain NVFP4", "untrained")],
+          [found[name] for name in ("teacher", "plain NVFP4", "untrained")])  # fmt: skip
+    true("control" not in again and again["options"]["steps"] == 1, str(again))
 
 
 @pytest.mark.slow
