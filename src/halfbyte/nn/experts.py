@@ -133,7 +133,16 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
         into = None if main_grad is None else main_grad[expert]
         parts.append(
             QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-                x[start:end], w, None, *seen.operand, *encoded, seen.amax, into, quantization.state, layer, groups
+                x[start:end],
+                w,
+                None,
+                *seen.operand,
+                *encoded,
+                seen.amax,
+                into,
+                quantization.state_on(x.device),
+                layer,
+                groups,
             )
         )
         start = end
@@ -226,7 +235,7 @@ class GroupedLinear(nn.Module):
         recipe = recipe or TrainingRecipe()
         if reason := misfit(self.weight, recipe):
             raise ShapeError(f"GroupedLinear({experts}, {in_features}, {out_features}): {reason}")
-        self.quantization = quantization_of(recipe, recipe)
+        self.quantization = quantization_of(recipe, recipe, self.weight.device)
         with torch.no_grad():
             self.weight.uniform_(-(in_features**-0.5), in_features**-0.5)
 

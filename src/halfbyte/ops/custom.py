@@ -1,6 +1,6 @@
 """Every operation as one opaque operator, for torch.compile: `torch.ops.halfbyte.*`, with fake implementations.
 
-An operator takes plain values only: a format travels as text, 64-bit words as signed integers, and the name of the
+An operator takes plain values only: a format travels as text, random words as a tensor, and the name of the
 implementation, already chosen, comes last.
 """
 
@@ -18,7 +18,7 @@ from ..numerics import nvfp4
 from ..numerics.swizzle import swizzled_size
 from .backends import backend
 
-Words = tuple[int, int] | None
+Words = tuple[int, int] | Tensor | None
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -48,13 +48,19 @@ def _read(text: str) -> NVFP4:
     return NVFP4(*values)
 
 
-def signed(words: Words) -> list[int] | None:
-    """Two 64-bit words as the signed integers with their bits."""
-    return None if words is None else [word - 2**64 if word >= 2**63 else word for word in words]
+def random_words(rng: Words) -> Tensor | None:
+    """Seed and offset as int64 (2,): the tensor itself; numbers as one on the CPU, with their bits."""
+    if rng is None or isinstance(rng, Tensor):
+        return rng
+    return torch.tensor([word - 2**64 if word >= 2**63 else word for word in rng], dtype=torch.int64, device="cpu")
 
 
-def _unsigned(words: Sequence[int] | None) -> Words:
-    return None if words is None else (words[0] % 2**64, words[1] % 2**64)
+def _words(rng: Tensor | None, x: Tensor) -> Words:
+    """What an implementation takes: a tensor beside x, or two numbers."""
+    if rng is None or rng.device == x.device:
+        return rng
+    seed, offset = rng.tolist()
+    return seed % 2**64, offset % 2**64
 
 
 def _empty(x: Tensor, fmt: NVFP4, per_matrix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,14 +88,14 @@ def quantize_nvfp4(
     amax: Tensor | None,
     fmt: str,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     importance: Tensor | None,
     hessian: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.quantize_nvfp4`."""
-    options: dict[str, Any] = {"per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options: dict[str, Any] = {"per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
     options |= {"amax": amax, "importance": importance, "hessian": hessian}
     packed, block_scale, tensor_scale, out_amax = backend(impl).quantize_nvfp4(x, _read(fmt), **options)
     return packed, block_scale, tensor_scale, out_amax
@@ -143,12 +149,12 @@ def fake_quantize(
     fmt: str,
     unscaled: bool,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`ops.fake_quantize`."""
-    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
     return backend(impl).fake_quantize(x, _read(fmt), unscaled=unscaled, **options)
 
 
@@ -163,12 +169,12 @@ def quantize_with_values(
     amax: Tensor | None,
     fmt: str,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.quantize_with_values`, its tensors in a row."""
-    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
     (packed, block_scale, tensor_scale, out_amax), values = backend(impl).quantize_with_values(x, _read(fmt), **options)
     return packed, block_scale, tensor_scale, out_amax, values
 
@@ -187,14 +193,14 @@ def quantize_transpose(
     transposed_amax: Tensor | None,
     fmt: str,
     transposed_fmt: str,
-    rng: Sequence[int] | None,
-    transposed_rng: Sequence[int] | None,
+    rng: Tensor | None,
+    transposed_rng: Tensor | None,
     impl: str,
 ) -> list[Tensor]:
     """`ops.quantize_transpose`, its eight tensors in a row."""
     rows, columns = backend(impl).quantize_transpose(
         x, _read(fmt), _read(transposed_fmt), amax=amax, transposed_amax=transposed_amax,
-        rng=_unsigned(rng), transposed_rng=_unsigned(transposed_rng),
+        rng=_words(rng, x), transposed_rng=_words(transposed_rng, x),
     )  # fmt: skip
     return list(_apart((*rows, *columns)))
 
