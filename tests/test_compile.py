@@ -131,7 +131,7 @@ def test_every_format_can_be_spelled() -> None:
     formats += [hb.NVFP4(scaling="row", hadamard=True), hb.NVFP4(block=(16, 16), rounding="stochastic")]
     formats += [hb.NVFP4(scale_rule="four_over_six", error="mse", error_arithmetic="fp16")]
     for fmt in formats:
-        equal(custom._read(custom.spell(fmt)), fmt)
+        equal(custom.read(custom.spell(fmt)), fmt)
 
 
 def test_results_that_share_memory_are_copied() -> None:

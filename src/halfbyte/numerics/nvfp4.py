@@ -172,7 +172,7 @@ def _uniform(blocks: Tensor, fmt: NVFP4, rng: tuple[int, int] | Tensor | None, f
 
 
 def _f32(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)  # filled there: nothing is copied to a GPU
 
 
 def _minimum(x: Tensor, bound: float) -> Tensor:

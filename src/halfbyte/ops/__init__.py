@@ -30,6 +30,7 @@ from .checks import (
     check_scale,
 )
 from .matmul import block_scaled_matmul, has_block_scaled_matmul, scaled_grouped_matmul, scaled_matmul
+from .wgrad import scaled_grouped_wgrad
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -47,6 +48,7 @@ __all__ = [
     "quantize_transpose",
     "quantize_with_values",
     "scaled_grouped_matmul",
+    "scaled_grouped_wgrad",
     "scaled_matmul",
     "swizzle",
     "swizzled_size",

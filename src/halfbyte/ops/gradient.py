@@ -7,6 +7,8 @@ that a replay rounds by the words that an eager step would have had.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from .backends import backend, pick
 from .checks import check_input
 
 Words = tuple[int, int]
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def new_state(seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -71,28 +74,45 @@ def quantize_gradient(
     check_input(x, fmt)
     check_input(x.mT, transposed_fmt, "x.mT")
     x, name = x.detach(), pick("auto", x.device)
-    if custom.wanted():
-        spelled = custom.spell(fmt), custom.spell(transposed_fmt)
-        parts = custom.quantize_gradient(x, amax, transposed_amax, *spelled, state, name)
-    else:
-        parts = run(x, fmt, transposed_fmt, state, amax=amax, transposed_amax=transposed_amax, impl=name)
+    options = x, amax, transposed_amax, custom.spell(fmt), custom.spell(transposed_fmt), state, name
+    parts = _operator(*options) if custom.wanted() else _run(*options)
     return Encoded(*parts[:4]), Encoded(*parts[4:])
 
 
-def run(
+def _run(
     x: Tensor,
-    fmt: NVFP4,
-    transposed_fmt: NVFP4,
-    state: Tensor,
-    *,
     amax: Tensor | None,
     transposed_amax: Tensor | None,
+    fmt: str,
+    transposed_fmt: str,
+    state: Tensor,
     impl: str,
-) -> list[Tensor]:
-    """`quantize_gradient` without its checks: eight tensors."""
+) -> Eight:
     rng, transposed_rng = current(state, x)
     rows, columns = backend(impl).quantize_transpose(
-        x, fmt, transposed_fmt, amax=amax, transposed_amax=transposed_amax, rng=rng, transposed_rng=transposed_rng
-    )
+        x, custom.read(fmt), custom.read(transposed_fmt), amax=amax, transposed_amax=transposed_amax,
+        rng=rng, transposed_rng=transposed_rng,
+    )  # fmt: skip
     advance(state)
-    return [*rows, *columns]
+    return *rows, *columns
+
+
+@torch.library.custom_op("halfbyte::quantize_gradient", mutates_args=("state",))
+def _operator(
+    x: Tensor,
+    amax: Tensor | None,
+    transposed_amax: Tensor | None,
+    fmt: str,
+    transposed_fmt: str,
+    state: Tensor,
+    impl: str,
+) -> Eight:
+    """`quantize_gradient`, its eight tensors in a row: a list may not come from what mutates."""
+    parts = _run(x, amax, transposed_amax, fmt, transposed_fmt, state, impl)
+    return tuple(custom.apart(parts))  # type: ignore[return-value]
+
+
+@_operator.register_fake
+def _(x: Tensor, amax: Any, transposed_amax: Any, fmt: str, transposed_fmt: str, state: Any, impl: str) -> Eight:
+    rows, columns = custom.empty(x, custom.read(fmt), True), custom.empty(x.mT, custom.read(transposed_fmt), True)
+    return *rows, *columns
