@@ -46,6 +46,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "dequantize mxfp8": lambda x: hb.quantize(x, MX).dequantize(),
     "fake_quantize": lambda x: hb.fake_quantize(x, NV, amax=amax(x)),
     "fake_quantize mxfp8": lambda x: hb.fake_quantize(x, MX),
+    "quantize by words of a tensor": lambda x: hb.quantize(x, STOCHASTIC, rng=torch.tensor([3, -4])),
     "fake_quantize_unscaled": lambda x: hb.fake_quantize_unscaled(x, STOCHASTIC, rng=WORDS),
     "quantize_with_values": lambda x: ops.quantize_with_values(x, STOCHASTIC, rng=WORDS, per_matrix=True),
     "quantize_transpose": lambda x: hb.quantize_transpose(x, NV, RHT, transposed_amax=amax(x)),
@@ -77,7 +78,7 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         custom.quantize_nvfp4,
         (X, None, SEARCH, False, None, 0, torch.rand(X.shape[-1]), None),
     ),
-    "quantize_nvfp4 per matrix": (custom.quantize_nvfp4, (X, amax(X), S, True, [1, -1], 5, None, None)),
+    "quantize_nvfp4 per matrix": (custom.quantize_nvfp4, (X, amax(X), S, True, torch.tensor([1, -1]), 5, None, None)),
     "quantize_nvfp4 transposed": (custom.quantize_nvfp4, (X.mT, None, F, False, None, 0, None, None)),
     "quantize_mxfp8": (custom.quantize_mxfp8, (X,)),
     "quantize_mxfp8 transposed": (custom.quantize_mxfp8, (X.mT,)),
@@ -93,9 +94,9 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "dequantize_mxfp8": (custom.dequantize_mxfp8, (*custom.quantize_mxfp8(X, "cpu"), torch.bfloat16)),
     "fake_quantize": (custom.fake_quantize, (X, None, F, False, True, None, 0)),
     "fake_quantize transposed": (custom.fake_quantize, (X.mT, None, F, True, True, None, 0)),
-    "fake_quantize unscaled": (custom.fake_quantize, (X, amax(X), S, True, False, [1, 2], 0)),
-    "quantize_with_values": (custom.quantize_with_values, (X, amax(X), S, True, [1, 2], 0)),
-    "quantize_transpose": (custom.quantize_transpose, (X, None, amax(X), F, S, None, [1, 2])),
+    "fake_quantize unscaled": (custom.fake_quantize, (X, amax(X), S, True, False, torch.tensor([1, 2]), 0)),
+    "quantize_with_values": (custom.quantize_with_values, (X, amax(X), S, True, torch.tensor([1, 2]), 0)),
+    "quantize_transpose": (custom.quantize_transpose, (X, None, amax(X), F, S, None, torch.tensor([1, 2]))),
     "quantize_many": (custom.quantize_many, ([X, X[0].half()], None, F, True)),
     "swizzle": (custom.swizzle, (X[:, :3, :5].to(torch.uint8),)),
     "unswizzle": (custom.unswizzle, (torch.zeros(2, 1024, dtype=torch.uint8), 3, 5)),
@@ -130,7 +131,7 @@ def test_every_format_can_be_spelled() -> None:
     formats += [hb.NVFP4(scaling="row", hadamard=True), hb.NVFP4(block=(16, 16), rounding="stochastic")]
     formats += [hb.NVFP4(scale_rule="four_over_six", error="mse", error_arithmetic="fp16")]
     for fmt in formats:
-        equal(custom._read(custom.spell(fmt)), fmt)
+        equal(custom.read(custom.spell(fmt)), fmt)
 
 
 def test_results_that_share_memory_are_copied() -> None:

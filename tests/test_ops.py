@@ -38,6 +38,15 @@ F32 = torch.float32
         (X, STOCHASTIC, {"rng": (1, 2), "first_block": -1}, FormatError, "first_block=-1: must be an integer"),
         (X, STOCHASTIC, {"rng": (1,)}, FormatError, "two integers of 64 bits"),
         (X, STOCHASTIC, {"rng": 1}, FormatError, "two integers of 64 bits"),
+        (
+            X,
+            STOCHASTIC,
+            {"rng": torch.zeros(2)},
+            FormatError,
+            r"torch.float32 of shape \(2,\) on cpu; needs torch.int64",
+        ),
+        (X, STOCHASTIC, {"rng": torch.zeros(3, dtype=torch.int64)}, FormatError, r"needs torch.int64 \(2,\)"),
+        (X, NV, {"rng": torch.zeros(2, dtype=torch.int64)}, FormatError, "only for rounding='stochastic'"),
         (X, NV, {"first_block": 3}, FormatError, "only for rounding='stochastic'"),
         (X, NVFP4, {}, FormatError, r"needs an NVFP4\(...\) or MXFP8"),
         (X, "nvfp4", {}, FormatError, r"fmt='nvfp4'"),
@@ -77,8 +86,14 @@ def test_decoding_refuses_an_impl_that_cannot_run(impl: Any) -> None:
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize(
     ("fmt", "options"),
-    [(NV, {}), (NV, {"per_matrix": True}), (ROW, {}), (STOCHASTIC, {"rng": (3, 4), "first_block": 5})],
-    ids=["tensor", "per_matrix", "row", "stochastic"],
+    [
+        (NV, {}),
+        (NV, {"per_matrix": True}),
+        (ROW, {}),
+        (STOCHASTIC, {"rng": (3, 4), "first_block": 5}),
+        (STOCHASTIC, {"rng": torch.tensor([-3, 4])}),
+    ],
+    ids=["tensor", "per_matrix", "row", "stochastic", "words of a tensor"],
 )
 def test_nvfp4_equals_numerics(impl: Any, fmt: NVFP4, options: dict) -> None:
     x = torch.stack((X, 2 * X))
@@ -143,3 +158,11 @@ def test_quantize_with_values(impl: str) -> None:
         same_bits(values, nvfp4.decode_without_tensor_scale(wanted.packed, wanted.block_scale).bfloat16())
     with pytest.raises(FormatError, match="needs rng"):
         ops.quantize_with_values(X, STOCHASTIC, impl=impl)
+
+
+def test_words_of_a_tensor_are_the_numbers_with_their_bits() -> None:
+    words = torch.tensor([-3, 2**40 + 7])
+    wanted = nvfp4.quantize(X, STOCHASTIC, rng=(2**64 - 3, 2**40 + 7))
+    for impl in ("reference", "cpu"):
+        for got, want in zip(ops.quantize_nvfp4(X, STOCHASTIC, impl=impl, rng=words), wanted, strict=True):
+            same_bits(got, want)

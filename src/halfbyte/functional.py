@@ -16,7 +16,7 @@ from .errors import FormatError, ShapeError
 from .formats import MXFP8, NVFP4, Format
 from .tensor import QuantizedTensor
 
-Words = tuple[int, int] | None
+Words = tuple[int, int] | Tensor | None
 
 
 def quantize(
@@ -43,7 +43,9 @@ def quantize(
             it saturate.
             With hadamard=True it is the maximum after the transform.
         per_matrix: each leading matrix of x (E, M, K) has its own tensor scale, and no 16×16 block crosses matrices.
-        rng: (seed, offset) for stochastic rounding, 64 bits each; required for it and refused otherwise.
+        rng: (seed, offset) for stochastic rounding, 64 bits each; required for it and refused otherwise. A tuple, or
+            an int64 tensor (2,) with the same bits on x's device, read when the kernel runs: a CUDA graph whose
+            replays shall round by new words advances it.
         first_block: for stochastic rounding, the row-major index of x's first 1×16 block in the tensor that it is a
             part of, so that parts round like the whole.
         importance: for scale_rule="search" with error "mse" or "mae": float32 (K,), finite and not negative, the

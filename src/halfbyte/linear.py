@@ -81,6 +81,7 @@ def grouped_linear(
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    accumulate_into: Tensor | None = None,
     impl: ops.Impl = "auto",
 ) -> Tensor:
     """Rows of x (T, K), sorted by expert, each times its expert's matrix of w (E, N, K): (T, N).
@@ -91,13 +92,14 @@ def grouped_linear(
         offsets: int32 (E,), each expert's last row plus one, as torch's grouped_mm takes them; not decreasing. An
             expert may have no rows. Rows past the last end give zeros. On a GPU the values are not looked at.
         bias: (E, N) float32, bfloat16 or float16.
-        out_dtype: float32, bfloat16 or float16.
+        out_dtype: float32, bfloat16 or float16; of no effect with accumulate_into.
+        accumulate_into: float32 (T, N), to which the float32 result is added in place; it is returned.
         impl: as for `linear`; all GPUs multiply exact q·s on bfloat16 tensor cores.
 
     Raises:
         ShapeError, FormatError, UnsupportedError: as `linear`.
 
-    Numerics: as `linear`, but that torch's grouped matmul on a GPU rounds the sums to bfloat16 before they are scaled.
+    Numerics: as `linear`, but that torch's grouped matmul on a GPU rounds the sums to bfloat16 before what follows.
     """
     _check_operands(x, w, 3)
     if len(x.shape) != 2:
@@ -105,7 +107,9 @@ def grouped_linear(
     a_scale = _scale(x, "x", ((),), x.shape[:-1])
     b_scale = _scale(w, "w", ((), w.shape[:1]), w.shape[:-1])
     a, b = _values(x, w, impl)
-    return ops.scaled_grouped_matmul(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype, impl=impl)
+    return ops.scaled_grouped_matmul(
+        a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype, accumulate_into=accumulate_into, impl=impl
+    )
 
 
 def _check_operands(x: Operand, w: Operand, w_dims: int) -> None:

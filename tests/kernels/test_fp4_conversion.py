@@ -115,7 +115,7 @@ def compiled_ptx(capability: int, native: int) -> tuple[str, bytes]:
     kernel = quantize._quantize_1x16
     constants = {
         "BB": 128, "STEPS": 1, "EVEN": True, "SINGLE": True, "DENSE": True, "KIND": 0,
-        "OUT": "packed", "F": NVFP4(), "NATIVE": native,
+        "OUT": "packed", "F": NVFP4(), "WORDS": False, "NATIVE": native,
     }  # fmt: skip
     pointers = {"x_ptr": "*bf16", "out_ptr": "*u8", "scale_ptr": "*u8"}
     words = dict.fromkeys(("seed", "offset", "first_block"), "i64")

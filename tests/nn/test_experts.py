@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
+from halfbyte import ops
 from halfbyte.errors import FormatError, ShapeError
-from halfbyte.nn import GroupedLinear, Linear, convert, revert
+from halfbyte.nn import GroupedLinear, Linear, convert, grouped, revert
+from halfbyte.numerics import nvfp4
 from halfbyte.recipe import LayerRecipe, TrainingRecipe, TransformerEngine
 
 from ..check import close, equal, same_bits, true
 
 ROW, SIX, MX = hb.NVFP4(scaling="row"), hb.NVFP4(scale_rule="four_over_six"), hb.MXFP8()
+SQUARE = hb.NVFP4(block=(16, 16))
 RECIPES = {
     "high_precision": TrainingRecipe(),
     "high_precision, row-scaled 4over6": TrainingRecipe(hb.NVFP4(scaling="row", scale_rule="four_over_six"), SIX),
@@ -23,6 +26,13 @@ RECIPES = {
     "dequantized, MXFP8": TrainingRecipe(MX, MX, backward="dequantized"),
     "quantized": TransformerEngine(disable_stochastic_rounding=True).recipe(),
     "quantized, 1x16": TransformerEngine(disable_stochastic_rounding=True, disable_2d_quantization=True).recipe(),
+    "quantized, row-scaled 4over6": TransformerEngine(
+        disable_2d_quantization=True, disable_stochastic_rounding=True, row_scaled_activation=True, four_over_six="all"
+    ).recipe(),
+    "quantized, row-scaled throughout": TrainingRecipe(ROW, ROW, ROW, True, "quantized"),
+    "quantized, MXFP8": TrainingRecipe(MX, MX, MX, backward="quantized"),
+    "quantized, mixed": TrainingRecipe(MX, hb.NVFP4(), hb.NVFP4(), backward="quantized"),
+    "quantized, 16x16 throughout": TrainingRecipe(SQUARE, SQUARE, SQUARE, backward="quantized"),
 }
 E, N, K = 4, 32, 64
 OFFSETS = torch.tensor([5, 5, 26, 40], dtype=torch.int32)  # no token reaches expert 1
@@ -56,6 +66,68 @@ def test_as_one_linear_for_each_expert(rng, name: str, dtype: torch.dtype) -> No
         start = end
     equal(y[start:].detach(), torch.zeros(3, N, dtype=dtype))
     equal(leaf.grad[start:], torch.zeros(3, K, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("quantized") and "16x16" not in name])
+def test_all_experts_at_once_as_one_by_one(rng, monkeypatch, name: str, dtype: torch.dtype) -> None:
+    """The same codes and scales, whatever counts tokens come in; on a CPU the same matmuls of them: equal bits."""
+    layer = GroupedLinear(E, K, N, dtype=dtype, recipe=RECIPES[name])
+    results = []
+    for function in (grouped.grouped_linear, one_by_one):
+        monkeypatch.setattr("halfbyte.nn.experts.grouped_linear", function)
+        torch.manual_seed(0)
+        for ends in ([5, 5, 26, 40], [16, 32, 48, 80], [0, 0, 0, 1], [0, 0, 0, 0], [1, 2, 3, 83]):
+            x = torch.randn(83, K)
+            x[::7] *= 10
+            x[ends[-1] :] = float("nan")  # rows of nobody
+            x, dy = x.to(dtype).requires_grad_(), torch.randn(83, N).to(dtype)
+            layer.weight.grad = None
+            y = layer(x, torch.tensor(ends, dtype=torch.int32))
+            y.backward(dy)
+            results.append((f"{ends}", y.detach(), x.grad, layer.weight.grad))
+    half = len(results) // 2
+    for (what, *got), (_, *wanted) in zip(results[:half], results[half:], strict=True):
+        for g, w in zip(got, wanted, strict=True):
+            same_bits(g, w, what)
+
+
+def one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, q: Any) -> Tensor:
+    return grouped.one_by_one(x, weight, offsets, None, q.state, q.layer, q.groups)
+
+
+def test_stochastic_gradients_are_parts_of_one_tensor(rng) -> None:
+    """The words of a block are those of its place: among all experts' rows, and among all filled-up tokens."""
+    recipe = TrainingRecipe(**{**vars(TransformerEngine().recipe()), "seed": 5})
+    x, dy = torch.randn(40, K, generator=rng), torch.randn(40, N, generator=rng)
+    layer = GroupedLinear(E, K, N, recipe=recipe)
+    leaf = x.clone().requires_grad_()
+    layer(leaf, OFFSETS).backward(dy)
+    tokens = -(-(40 + 15 * E) // 16)  # blocks of 16 that there are along the tokens
+    start = block = 0
+    for e, end in enumerate(OFFSETS.tolist()):
+        rows = dy[start:end]
+        g = nvfp4.quantize(rows, recipe.gradients, rng=(5, 0), first_block=start * N // 16)
+        w = nvfp4.quantize(layer.weight[e].detach(), recipe.weights)
+        same_bits(leaf.grad[start:end], matmul(g, w, transposed=True), f"dx of {e}")
+        whole = nn.functional.pad(rows, (0, 0, 0, -len(rows) % 16)).mT.contiguous()
+        amax = nvfp4.quantize(whole, hb.NVFP4(hadamard=True)).amax
+        parts = [
+            nvfp4.quantize(whole[n], recipe.wgrad_gradients, amax=amax, rng=(5, 1), first_block=n * tokens + block)
+            for n in range(N)
+        ]
+        gt = nvfp4.Encoded(*map(torch.stack, list(zip(*parts, strict=True))[:2]), parts[0].tensor_scale, amax)
+        seen = nn.functional.pad(x[start:end], (0, 0, 0, -len(rows) % 16)).mT.contiguous()
+        same_bits(layer.weight.grad[e], matmul(gt, nvfp4.quantize(seen, recipe.wgrad_activations)), f"dw of {e}")
+        block += whole.shape[1] // 16
+        start = end
+    equal(layer.quantization.state.tolist(), [[5, 2], [5, 3]])
+
+
+def matmul(a: Any, b: Any, transposed: bool = False) -> Tensor:
+    a_values, b_values = (nvfp4.decode_without_tensor_scale(q.packed, q.block_scale).bfloat16() for q in (a, b))
+    b_values = b_values.mT if transposed else b_values
+    return ops.scaled_matmul(a_values, b_values, a.tensor_scale, b.tensor_scale, out_dtype=torch.float32)
 
 
 def test_an_outlier_of_one_expert_leaves_the_others_alone(rng) -> None:
@@ -145,16 +217,24 @@ def test_transformers_experts(rng) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
-def test_compiled(rng) -> None:
+@pytest.mark.parametrize("backward", ["dequantized", "quantized"])
+def test_compiled(rng, backward: str) -> None:
     torch._dynamo.reset()
     model, inputs = Model(rng), routed(rng)
-    convert(model, TrainingRecipe(weights=SIX, backward="dequantized"))
+    recipe = TrainingRecipe(weights=SIX, backward="dequantized")
+    if backward == "quantized":
+        recipe = TransformerEngine(row_scaled_activation=True).recipe()
+    convert(model, recipe)
+    states = [module.quantization.state for module in model.modules() if hasattr(module, "quantization")]
+    initial = [state.clone() for state in states]
     model.to(torch.bfloat16)
     inputs = tuple(t.bfloat16() if t.is_floating_point() else t for t in inputs)
     y = model(*inputs)
     y.sum().backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    for state, value in zip(states, initial, strict=True):
+        state.copy_(value)
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
     out.sum().backward()
     same_bits(out, y)

@@ -214,7 +214,7 @@ def test_stochastic_rounding_is_unbiased(rng) -> None:
     deviation = step / 2 * w_seen.norm(dim=0)
     bound = 6 * deviation / math.sqrt(passes) + (step * 2.0**-17 + 2.0**-18) * w_seen.abs().sum(0)
     close(mean, dy.double() @ w_seen, bound.expand(tokens, K), "mean dx")
-    equal(layer.quantization.state.tolist(), [11, passes], "each pass has words of its own")
+    equal(layer.quantization.state.tolist(), [[11, 2 * passes], [11, 2 * passes + 1]], "each pass has words of its own")
 
 
 def test_random_words_depend_on_the_seed_and_the_count_alone(rng) -> None:
@@ -327,8 +327,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(rng) -> None:
     twin = copy.deepcopy(layer)
     for got, wanted in zip(run(twin, x, dy), run(layer, x, dy), strict=True):
         same_bits(got, wanted)
-    equal(layer.quantization.state.tolist(), [0, 1])
-    equal(twin.quantization.state.tolist(), [0, 1])
+    equal(layer.quantization.state.tolist(), [[0, 2], [0, 3]])
+    equal(twin.quantization.state.tolist(), [[0, 2], [0, 3]])
 
 
 def test_drop_in_for_torchs_linear(rng) -> None:

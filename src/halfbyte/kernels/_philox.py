@@ -10,6 +10,15 @@ from ._primitives import jit
 
 
 @jit
+def random_words(words_ptr, seed, offset, GIVEN: tl.constexpr):
+    """(seed, offset), or where GIVEN what int64 (2,) at words_ptr holds by the time that the kernel runs."""
+    if GIVEN:
+        seed = tl.load(words_ptr)
+        offset = tl.load(words_ptr + 1)
+    return seed, offset
+
+
+@jit
 def philox_pairs(blocks, seed, offset):
     """Random float32 for the pairs of blocks with int64 numbers [...]: (low, high), each [..., 8]."""
     LEADING: tl.constexpr = blocks.shape

@@ -171,14 +171,50 @@ def scaled_grouped_matmul(
     *,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    accumulate_into: Tensor | None,
 ) -> Tensor:
     """As `halfbyte.ops.scaled_grouped_matmul`: torch's grouped matmul, which rounds its sums to bfloat16."""
     rows, columns = a.shape[0], b.shape[1]
-    out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
+    out = accumulate_into
+    if out is None:
+        out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
         return out
-    total = out.new_zeros(out.shape) if a.shape[1] == 0 else torch._grouped_mm(a, b.mT, offs=offsets)
-    return epilogue(total, a_scale, b_scale, bias, out, offsets=offsets)
+    total = a.new_zeros(out.shape) if a.shape[1] == 0 else torch._grouped_mm(a, b.mT, offs=offsets)
+    return epilogue(total, a_scale, b_scale, bias, out, accumulate=accumulate_into is not None, offsets=offsets)
+
+
+def scaled_grouped_wgrad(
+    g: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    g_scale: Tensor | None,
+    x_scale: Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+    accumulate_into: Tensor | None,
+) -> Tensor:
+    """As `halfbyte.ops.wgrad.scaled_grouped_wgrad`; the epilogue sees the matrices of all experts as one."""
+    experts, n, k = offsets.shape[0], g.shape[0], x.shape[0]
+    if accumulate_into is None:
+        out = torch.empty((experts, n, k), dtype=out_dtype, device=g.device)
+    elif accumulate_into.is_contiguous():
+        out = accumulate_into
+    else:
+        result = scaled_grouped_wgrad(g, x, offsets, g_scale, x_scale, out_dtype=torch.float32, accumulate_into=None)
+        return accumulate_into.add_(result)
+    if out.numel() == 0:
+        return out
+    empty = g.shape[1] == 0  # torch's grouped matmul takes no matrix without columns
+    total = g.new_zeros(out.shape) if empty else torch._grouped_mm(g, x.mT, offs=offsets)
+    scales = [s for s in (g_scale, x_scale) if s is not None]
+    alpha = None
+    if scales:
+        alpha = scales[0] if len(scales) == 1 else scales[0] * scales[1]
+        alpha = alpha.expand(experts)[:, None].expand(experts, n).reshape(-1)
+    accumulate = accumulate_into is not None
+    epilogue(total.view(-1, k), alpha, None, None, out.view(-1, k), accumulate=accumulate)
+    return out
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def fake_quantize(
     unscaled: bool = False,
     amax: Tensor | None = None,
     per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(values in x's dtype, tensor_scale): the decoded ones, rounded once, or the exact q·s where unscaled.
@@ -50,7 +50,7 @@ def quantize_with_values(
     *,
     amax: Tensor | None = None,
     per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """((packed, block_scale, tensor_scale, amax), q·s in x's dtype, contiguous), from one read after the amax."""

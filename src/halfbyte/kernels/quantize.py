@@ -21,6 +21,7 @@ from ._fp8 import e4m3_code
 from ._launch import cdiv
 from ._launch import launch as launch_kernel
 from ._maxima import block_abs_max
+from ._philox import random_words
 from ._primitives import jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
@@ -86,12 +87,13 @@ def quantize_tile(
     "blocks_per_row", "tiles", "amax_stride_p", "amax_stride_m", "reverse", "seed", "offset", "first_block"
 )  # fmt: skip
 def _quantize_1x16(
-    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr, words_ptr,
     blocks, blocks_per_row, tiles, amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k,
     reverse, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     BB: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
-    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
+    seed, offset = random_words(words_ptr, seed, offset, WORDS)
     pid = tl.program_id(0)
     if reverse != 0:  # what the amax kernel read last is still in the L2 cache
         pid = tl.num_programs(0) - 1 - pid
@@ -120,12 +122,13 @@ def _quantize_1x16(
     "rows", "blocks_per_row", "row_tiles", "column_tiles", "amax_stride_p", "reverse", "seed", "offset", "first_block"
 )  # fmt: skip
 def _quantize_16x16(
-    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr, values_ptr, words_ptr,
     rows, blocks_per_row, row_tiles, column_tiles, amax_stride_p, stride_p, stride_m, stride_k,
     reverse, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     NB: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, DENSE: tl.constexpr,
-    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
+    seed, offset = random_words(words_ptr, seed, offset, WORDS)
     pid = tl.program_id(0)
     if reverse != 0:
         pid = tl.num_programs(0) - 1 - pid
@@ -175,7 +178,7 @@ def quantize(
     *,
     amax: Tensor | None = None,
     per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
@@ -211,7 +214,7 @@ def dispatch(
     fmt: NVFP4,
     amax: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
-    rng: tuple[int, int] | None,
+    rng: tuple[int, int] | Tensor | None,
     first_block: int,
     mode: str,
     importance: Tensor | None = None,
@@ -222,24 +225,23 @@ def dispatch(
 
     mode: "packed" fills out; "exact" and "decoded" put values into out[0]; "both" fills out and puts q·s into values.
     """
-    seed, offset = (0, 0) if rng is None else (signed(rng[0]), signed(rng[1]))
     plain = fmt.scaling == "tensor" and fmt.block == (1, 16) and m.dense
     if importance is not None or hessian is not None:
         known = compute_amax(m, fmt) if amax is None else amax
         search.launch(m, fmt, known, out, importance, hessian, mode)
     elif mode == "packed" and transposed.supports_view(m, fmt):
-        transposed.quantize_into(m, fmt, amax, out, seed, offset, first_block)
+        transposed.quantize_into(m, fmt, amax, out, rng, first_block)
     elif amax is not None:
-        launch(m, fmt, amax, out, False, seed, offset, first_block, mode, values)
+        launch(m, fmt, amax, out, False, rng, first_block, mode, values)
     elif fmt.scaling == "row" and m.columns <= ROW_LIMIT and fmt.rounding == "nearest":
         row.quantize_into(m, fmt, *out, mode, values)
     elif plain and m.rows * m.columns <= SMALL and fmt.rounding == "nearest" and fmt.scale_rule != "search":
         long = m._replace(rows=1, columns=m.rows * m.columns)  # a matrix as one row, and few sizes to compile for
         row.quantize_into(long, fmt, *out, mode, values, sizes=(128, 512, 2048))
     elif plain and mode == "packed" and fmt.scale_rule == "amax" and (m.matrices > 1 or m.x.nbytes <= CACHED):
-        stacked.quantize_into(m, fmt, out, seed, offset, first_block)
+        stacked.quantize_into(m, fmt, out, rng, first_block)
     else:
-        launch(m, fmt, compute_amax(m, fmt), out, True, seed, offset, first_block, mode, values)
+        launch(m, fmt, compute_amax(m, fmt), out, True, rng, first_block, mode, values)
 
 
 def launch(
@@ -248,8 +250,7 @@ def launch(
     amax: Tensor,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     reverse: bool,
-    seed: int,
-    offset: int,
+    rng: tuple[int, int] | Tensor | None,
     first_block: int,
     mode: str = "packed",
     values: Tensor | None = None,
@@ -262,6 +263,7 @@ def launch(
         amax = amax.contiguous()
     blocks_per_row = m.columns // 16
     native = _target.native_level(m.x.device)
+    words, seed, offset = random_arguments(rng, amax)
     if fmt.block == (1, 16):
         blocks = m.rows * blocks_per_row
         # A warp settles its own near ties, one block a thread keeps the code short, and eight tiles a program make up
@@ -272,11 +274,12 @@ def launch(
         tiles = cdiv(blocks, bb * steps)
         stride_p = 0 if shared else m.rows if fmt.scaling == "row" else 1
         launch_kernel(
-            _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out, values),
+            _quantize_1x16, tiles * m.matrices, (m.x, packed, scale, amax, tensor_scale, amax_out, values, words),
             (blocks, blocks_per_row, tiles, stride_p, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
             (int(reverse), seed, offset, first_block),
             BB=bb, STEPS=steps, EVEN=blocks % (bb * steps) == 0, SINGLE=m.matrices == 1, DENSE=m.dense,
-            KIND=m.kind, OUT=mode, F=fmt, NATIVE=native, num_warps=warps, maxnreg=64 if alone else None,
+            KIND=m.kind, OUT=mode, F=fmt, WORDS=words is rng, NATIVE=native,
+            num_warps=warps, maxnreg=64 if alone else None,
         )  # fmt: skip
         return
     # A thread takes 16 1×16 blocks of plain 16-bit input, of all else 4: what the registers hold.
@@ -285,11 +288,11 @@ def launch(
     row_tiles, column_tiles = cdiv(m.rows, 16), cdiv(blocks_per_row, nb)
     launch_kernel(
         _quantize_16x16, row_tiles * column_tiles * m.matrices,
-        (m.x, packed, scale, amax, tensor_scale, amax_out, values),
+        (m.x, packed, scale, amax, tensor_scale, amax_out, values, words),
         (m.rows, blocks_per_row, row_tiles, column_tiles, 0 if shared else 1, m.stride_p, m.stride_m, m.stride_k),
         (int(reverse), seed, offset, first_block),
         NB=nb, EVEN=m.rows % 16 == 0 and blocks_per_row % nb == 0,
-        SINGLE=m.matrices == 1, DENSE=m.dense, KIND=m.kind, OUT=mode, F=fmt, NATIVE=native,
+        SINGLE=m.matrices == 1, DENSE=m.dense, KIND=m.kind, OUT=mode, F=fmt, WORDS=words is rng, NATIVE=native,
         num_warps=warps, maxnreg=96 if fmt.scale_rule == "four_over_six" else None,
     )  # fmt: skip
 
@@ -313,6 +316,13 @@ def scales_only(amax: Tensor | None, tensor_scale: Tensor, amax_out: Tensor, fmt
             _scales, cdiv(count, 128), (amax, tensor_scale, amax_out), (0 if amax.numel() == 1 else 1, count),
             B=128, E=fmt.e4m3_max, NATIVE=_target.native_level(tensor_scale.device),
         )  # fmt: skip
+
+
+def random_arguments(rng: tuple[int, int] | Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
+    """(words, seed, offset) for `random_words`: rng itself where it is a tensor, else `unused` and its numbers."""
+    if isinstance(rng, Tensor):
+        return rng, 0, 0
+    return unused, *((0, 0) if rng is None else (signed(rng[0]), signed(rng[1])))
 
 
 def signed(word: int) -> int:

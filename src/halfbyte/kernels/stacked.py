@@ -19,6 +19,7 @@ from torch import Tensor
 from ..formats import NVFP4
 from . import _target, amax, quantize
 from ._launch import cdiv, launch
+from ._philox import random_words
 from ._primitives import jit, jit_varying
 from ._tiles import Matrices
 from ._waiting import publish, wait
@@ -44,10 +45,10 @@ def amax_tile(
 
 @jit_varying("seed", "offset", "first_block")
 def _quantize(
-    x_ptr, out_ptr, scale_ptr, state_ptr, tensor_scale_ptr, amax_out_ptr, count, blocks, blocks_per_row,
+    x_ptr, out_ptr, scale_ptr, state_ptr, tensor_scale_ptr, amax_out_ptr, words_ptr, count, blocks, blocks_per_row,
     amax_tiles, tiles, ahead, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     BB: tl.constexpr, EVEN: tl.constexpr, AMAX_BB: tl.constexpr, AMAX_STEPS: tl.constexpr, KIND: tl.constexpr,
-    F: tl.constexpr, NATIVE: tl.constexpr,
+    F: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     # state: maxima as bit patterns [count], finished tiles of each maximum [count]; all zero at first
     slot = tl.program_id(0) // (amax_tiles + tiles)
@@ -62,6 +63,7 @@ def _quantize(
             publish(done_ptr + slot)
     elif slot >= ahead:
         p = slot - ahead
+        seed, offset = random_words(words_ptr, seed, offset, WORDS)
         wait(done_ptr + p, amax_tiles, NATIVE)
         quantize.quantize_tile(
             x_ptr, out_ptr, scale_ptr, state_ptr.to(tl.pointer_type(tl.float32)), tensor_scale_ptr, amax_out_ptr,
@@ -76,7 +78,11 @@ def tile_blocks(fmt: NVFP4) -> int:
 
 
 def quantize_into(
-    m: Matrices, fmt: NVFP4, out: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, offset: int, first_block: int
+    m: Matrices,
+    fmt: NVFP4,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    rng: tuple[int, int] | Tensor | None,
+    first_block: int,
 ) -> None:
     """A fill and one launch; see `quantize.quantize`. m is dense and not empty."""
     packed, scale, tensor_scale, amax_out = out
@@ -85,9 +91,11 @@ def quantize_into(
     blocks = m.rows * m.columns // 16
     amax_tiles, tiles = cdiv(blocks, AMAX_BLOCKS * AMAX_STEPS), cdiv(blocks, bb)
     ahead = min(m.matrices, cdiv(AHEAD, blocks * 16 * m.x.element_size()))
+    words, seed, offset = quantize.random_arguments(rng, state)
     launch(
-        _quantize, (m.matrices + ahead) * (amax_tiles + tiles), (m.x, packed, scale, state, tensor_scale, amax_out),
+        _quantize, (m.matrices + ahead) * (amax_tiles + tiles),
+        (m.x, packed, scale, state, tensor_scale, amax_out, words),
         (m.matrices, blocks, m.columns // 16, amax_tiles, tiles, ahead), (seed, offset, first_block),
         BB=bb, EVEN=blocks % bb == 0, AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS, KIND=m.kind, F=fmt,
-        NATIVE=_target.native_level(m.x.device),
+        WORDS=words is rng, NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from ._columns import column_pairs, load_tile, store_tile
 from ._fp8 import e4m3_code
 from ._launch import cdiv, launch
 from ._maxima import block_abs_max, halves_abs_max
+from ._philox import random_words
 from ._primitives import jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
@@ -67,12 +68,13 @@ def _quantize_rows(
 @jit_varying("amax_stride", "row_amax_stride", "seed", "offset", "first_block")
 def _quantize(
     x_ptr, packed_ptr, scale_ptr, amax_ptr, tensor_scale_ptr, amax_out_ptr,
-    row_packed_ptr, row_scale_ptr, row_amax_ptr, row_tensor_scale_ptr, row_amax_out_ptr,
+    row_packed_ptr, row_scale_ptr, row_amax_ptr, row_tensor_scale_ptr, row_amax_out_ptr, words_ptr,
     rows, columns, amax_stride, row_amax_stride, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
-    OUT: tl.constexpr, F: tl.constexpr, R: tl.constexpr, NATIVE: tl.constexpr,
+    OUT: tl.constexpr, F: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     # F: of the columns; OUT: what of them is stored. R: of the rows, or None.
+    seed, offset = random_words(words_ptr, seed, offset, WORDS)
     p = tl.program_id(2).to(tl.int64)
     row0 = tl.program_id(1) * ROWS
     column0 = tl.program_id(0) * COLUMNS
@@ -156,12 +158,17 @@ def _in_a_grid(m: Matrices) -> bool:
 
 
 def quantize_into(
-    m: Matrices, fmt: NVFP4, amax: Tensor | None, out: Quantized, seed: int, offset: int, first_block: int
+    m: Matrices,
+    fmt: NVFP4,
+    amax: Tensor | None,
+    out: Quantized,
+    rng: tuple[int, int] | Tensor | None,
+    first_block: int,
 ) -> None:
     """Quantize m, for which `supports_view`; amax: one value, or one per matrix; see `quantize.quantize`."""
     lying = m._replace(rows=m.columns, columns=m.rows, stride_m=m.rows, stride_k=1, dense=True)
     amax = _maxima(lying, fmt, False)[0] if amax is None else amax.contiguous()
-    _launch(lying, fmt, amax, out, (seed, offset), first_block)
+    _launch(lying, fmt, amax, out, rng, first_block)
 
 
 def quantize(
@@ -169,11 +176,11 @@ def quantize(
     fmt: NVFP4,
     *,
     amax: Tensor | None = None,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
     rowwise: NVFP4 | None = None,
     rowwise_amax: Tensor | None = None,
-    rowwise_rng: tuple[int, int] | None = None,
+    rowwise_rng: tuple[int, int] | Tensor | None = None,
     rowwise_first_block: int = 0,
 ) -> tuple[Quantized, Quantized | None]:
     """x (…, M, K) → (x.mT in fmt, x in the format `rowwise` or None), one tensor scale per matrix.
@@ -210,7 +217,13 @@ def quantize(
 
 
 def fake_quantize(
-    x: Tensor, fmt: NVFP4, *, unscaled: bool, amax: Tensor | None, rng: tuple[int, int] | None, first_block: int
+    x: Tensor,
+    fmt: NVFP4,
+    *,
+    unscaled: bool,
+    amax: Tensor | None,
+    rng: tuple[int, int] | Tensor | None,
+    first_block: int,
 ) -> tuple[Tensor, Tensor]:
     """x (…, M, K), for which `supports` → as `fake_quantize.fake_quantize(x.mT, …, per_matrix=True)`.
 
@@ -235,23 +248,23 @@ def _launch(
     fmt: NVFP4,
     amax: Tensor,
     out: Quantized,
-    rng: tuple[int, int] | None,
+    rng: tuple[int, int] | Tensor | None,
     first_block: int,
     rowwise: NVFP4 | None = None,
     row_amax: Tensor | None = None,
     rows: Quantized | None = None,
     mode: str = "packed",
 ) -> None:
-    seed, offset = (0, 0) if rng is None else rng
+    words, seed, offset = rows_first.random_arguments(rng, amax)
     row_amax, rows = amax if row_amax is None else row_amax, out if rows is None else rows
     tile_rows, tile_columns = ALONE if rowwise is None else TOGETHER
     launch(
         _quantize, (cdiv(m.columns, tile_columns), cdiv(m.rows, tile_rows), m.matrices),
-        (m.x, out[0], out[1], amax, out[2], out[3], rows[0], rows[1], row_amax, rows[2], rows[3]),
+        (m.x, out[0], out[1], amax, out[2], out[3], rows[0], rows[1], row_amax, rows[2], rows[3], words),
         (m.rows, m.columns, int(amax.numel() > 1), int(row_amax.numel() > 1)),
-        (rows_first.signed(seed), rows_first.signed(offset), first_block),
+        (seed, offset, first_block),
         ROWS=tile_rows, COLUMNS=tile_columns, BB=BLOCKS, EVEN=m.rows % tile_rows == 0 and m.columns % tile_columns == 0,
-        KIND=m.kind, OUT=mode, F=fmt, R=rowwise, NATIVE=_target.native_level(m.x.device),
+        KIND=m.kind, OUT=mode, F=fmt, R=rowwise, WORDS=words is rng, NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip
 
 

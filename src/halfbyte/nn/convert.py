@@ -83,7 +83,8 @@ def convert(
     partners = _partners(found, chosen) if recipe.share_fused_scales else {}
     for name, layer in chosen.items():
         module = found[name]
-        quantization = quantization_of(layer, _seeded(recipe, name), groups)
+        device = next(module.parameters()).device
+        quantization = quantization_of(layer, _seeded(recipe, name), device, groups)
         quantization.partners = partners.get(name, ())
         if isinstance(module, nn.Linear):
             module.__class__ = Linear

@@ -26,7 +26,7 @@ class Quantization:
         reuse: keep the quantized weight until the parameter changes.
         main_grad: add the weight's gradient to `weight.main_grad`.
         groups: process groups over which maxima are reduced.
-        state: random words of its gradients, and how many backward passes used them; on the CPU, see `ops.gradient`.
+        state: random words of its gradients, which every backward pass advances; see `ops.gradient`.
         partners: modules whose weights, with its own, share one tensor scale; itself among them. Empty: its own.
         statistics: what is counted in its forward pass, if anything.
         kept: (parameter, versions, quantized weight) of `reuse`.
@@ -42,6 +42,14 @@ class Quantization:
     statistics: Statistics | None = None
     kept: tuple[Tensor, tuple[int, ...], Weight] | None = None
     config: Any = None
+
+    def state_on(self, device: torch.device) -> Tensor:
+        """The state, moved to where gradients are computed; a traced graph, which could not advance it then, takes it
+        where it is.
+        """
+        if self.state.device != device and device.type != "meta" and not torch.compiler.is_compiling():
+            self.state = self.state.to(device)
+        return self.state
 
 
 class Linear(nn.Linear):
@@ -74,7 +82,7 @@ class Linear(nn.Linear):
         recipe = recipe or TrainingRecipe()
         if reason := misfit(self.weight, recipe):
             raise ShapeError(f"Linear({in_features}, {out_features}): {reason}")
-        self.quantization = quantization_of(recipe, recipe)
+        self.quantization = quantization_of(recipe, recipe, self.weight.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "quantization" in self.__dict__:
@@ -103,7 +111,7 @@ class Linear(nn.Linear):
         encoded = (None, None) if weight.encoded is None else weight.encoded[:2]
         y = QuantizedLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, self.in_features), self.weight, self.bias, *weight.operand, *encoded, weight.amax, main_grad,
-            q.state, q.layer, q.groups,
+            q.state_on(x.device), q.layer, q.groups,
         )  # fmt: skip
         result: Tensor = y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
         return result
@@ -144,11 +152,15 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
     return main_grad
 
 
-def quantization_of(layer: LayerRecipe, recipe: LayerRecipe, groups: AmaxGroups | None = None) -> Quantization:
-    """A module's, for its layer's recipe and the model's."""
+def quantization_of(
+    layer: LayerRecipe, recipe: LayerRecipe, device: torch.device, groups: AmaxGroups | None = None
+) -> Quantization:
+    """A module's, for its layer's recipe and the model's; device: where its weight is."""
     q = Quantization(layer.to_layer(), groups=groups or AmaxGroups())
+    seed = 0
     if isinstance(recipe, TrainingRecipe):
-        q.reuse, q.main_grad, q.state = recipe.reuse_weights, recipe.main_grad, new_state(recipe.seed)
+        q.reuse, q.main_grad, seed = recipe.reuse_weights, recipe.main_grad, recipe.seed
+    q.state = new_state(seed, "cpu" if device.type == "meta" else device)
     return q
 
 

@@ -31,7 +31,7 @@ def quantize(
     *,
     amax: Tensor | None = None,
     per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
@@ -161,18 +161,18 @@ def _error(blocks: Tensor, codes: Tensor, scale: Tensor, amax: Tensor, encode_sc
     return total if fmt.block == (1, 16) else tiles.sum_tile_rows(total)
 
 
-def _uniform(blocks: Tensor, fmt: NVFP4, rng: tuple[int, int] | None, first_block: int) -> Tensor | None:
+def _uniform(blocks: Tensor, fmt: NVFP4, rng: tuple[int, int] | Tensor | None, first_block: int) -> Tensor | None:
     if fmt.rounding == "nearest":
         return None
     assert rng is not None  # ops checks it
-    seed, offset = rng
+    seed, offset = rng  # unpacks a tensor (2,) too
     count = blocks.numel() // COLUMNS
     u = philox.uniform_blocks(count, seed=seed, offset=offset, first_block=first_block, device=blocks.device)
     return u.view_as(blocks)
 
 
 def _f32(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)  # filled there: nothing is copied to a GPU
 
 
 def _minimum(x: Tensor, bound: float) -> Tensor:

@@ -12,8 +12,10 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (as int64 in 0..2^32-1) for each counter; counter words likewise."""
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
+    """Four 32-bit words (as int64 in 0..2^32-1) for each counter; counter words, and the key's, likewise."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -24,8 +26,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def uniform_blocks(blocks: int, *, seed: int, offset: int, first_block: int, device: torch.device) -> Tensor:
+def uniform_blocks(
+    blocks: int, *, seed: int | Tensor, offset: int | Tensor, first_block: int, device: torch.device
+) -> Tensor:
     """Random float32 in (0, 1) for consecutive blocks of 16 elements: (blocks, 16).
+
+    seed, offset: 64 bits, as integers or as int64 tensors () on the device, whose values are not looked at.
 
     Key = seed; counter = (2B + j, offset) with B = first_block + the block's index, j = 0 for elements 0..7 and 1 for
     8..15; element i takes word (i mod 8)//2, its low half when i is even; u = (half + 0.5) / 65536.
@@ -35,8 +41,8 @@ def uniform_blocks(blocks: int, *, seed: int, offset: int, first_block: int, dev
     counter = (
         index & _MASK,
         (index >> 32) & _MASK,
-        torch.full_like(index, offset & _MASK),
-        torch.full_like(index, (offset >> 32) & _MASK),
+        torch.zeros_like(index) + (offset & _MASK),
+        torch.zeros_like(index) + ((offset >> 32) & _MASK),
     )
     words = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)  # [blocks, 2, 4]
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [blocks, 2, 4, 2]

@@ -30,6 +30,7 @@ from .checks import (
     check_scale,
 )
 from .matmul import block_scaled_matmul, has_block_scaled_matmul, scaled_grouped_matmul, scaled_matmul
+from .wgrad import scaled_grouped_wgrad
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -47,6 +48,7 @@ __all__ = [
     "quantize_transpose",
     "quantize_with_values",
     "scaled_grouped_matmul",
+    "scaled_grouped_wgrad",
     "scaled_matmul",
     "swizzle",
     "swizzled_size",
@@ -54,7 +56,7 @@ __all__ = [
     "unswizzle",
 ]
 
-Words = tuple[int, int] | None
+Words = tuple[int, int] | Tensor | None
 
 
 def quantize_nvfp4(
@@ -73,7 +75,7 @@ def quantize_nvfp4(
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block, importance=importance, hessian=hessian)
     name = pick(impl, x.device)
     if custom.wanted():
-        words = custom.signed(rng)
+        words = custom.random_words(rng)
         return Encoded(
             *custom.quantize_nvfp4(
                 x, amax, custom.spell(fmt), per_matrix, words, first_block, importance, hessian, name
@@ -126,7 +128,7 @@ def fake_quantize(
     x, amax = _checked(x, fmt, amax, per_matrix, rng, first_block)
     name = pick(impl, x.device)
     if custom.wanted():
-        words = custom.signed(rng)
+        words = custom.random_words(rng)
         return custom.fake_quantize(  # type: ignore[no-any-return]
             x, amax, custom.spell(fmt), unscaled, per_matrix, words, first_block, name
         )
@@ -152,7 +154,7 @@ def quantize_with_values(
     name = pick(impl, x.device)
     if custom.wanted():
         *parts, values = custom.quantize_with_values(
-            x, amax, custom.spell(fmt), per_matrix, custom.signed(rng), first_block, name
+            x, amax, custom.spell(fmt), per_matrix, custom.random_words(rng), first_block, name
         )
         return Encoded(*parts), values
     run = backend(name).quantize_with_values
@@ -176,9 +178,9 @@ def quantize_transpose(
     _, transposed_amax = _checked(x.mT, transposed_fmt, transposed_amax, True, transposed_rng, 0, "x.mT", "transposed_")
     name = pick(impl, x.device)
     if custom.wanted():
-        formats, words = (custom.spell(fmt), custom.spell(transposed_fmt)), custom.signed(rng)
+        formats, words = (custom.spell(fmt), custom.spell(transposed_fmt)), custom.random_words(rng)
         parts = custom.quantize_transpose(
-            x, amax, transposed_amax, *formats, words, custom.signed(transposed_rng), name
+            x, amax, transposed_amax, *formats, words, custom.random_words(transposed_rng), name
         )
         return Encoded(*parts[:4]), Encoded(*parts[4:])
     rows, columns = backend(name).quantize_transpose(
@@ -256,7 +258,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None]:
     """x and amax as constants, after all that can be refused about them."""
     check_input(x, fmt, name)
-    check_rounding(fmt, rng, first_block, f"{prefix}rng")
+    check_rounding(x, fmt, rng, first_block, f"{prefix}rng")
     check_error_weights(x, fmt, importance, hessian)
     if per_matrix and x.dim() < 2:
         raise ShapeError(f"a matrix needs at least 2 dimensions; {name} has shape {tuple(x.shape)}: use {name}[None]")

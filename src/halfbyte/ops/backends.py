@@ -105,8 +105,8 @@ def _triton_transpose(
     *,
     amax: Tensor | None,
     transposed_amax: Tensor | None,
-    rng: tuple[int, int] | None,
-    transposed_rng: tuple[int, int] | None,
+    rng: tuple[int, int] | Tensor | None,
+    transposed_rng: tuple[int, int] | Tensor | None,
 ) -> tuple[Quantized, Quantized]:
     from ..kernels import transposed
 
@@ -154,8 +154,8 @@ def _composed(
         *,
         amax: Tensor | None,
         transposed_amax: Tensor | None,
-        rng: tuple[int, int] | None,
-        transposed_rng: tuple[int, int] | None,
+        rng: tuple[int, int] | Tensor | None,
+        transposed_rng: tuple[int, int] | Tensor | None,
     ) -> tuple[Quantized, Quantized]:
         return (
             quantize(x, fmt, amax=amax, per_matrix=True, rng=rng),

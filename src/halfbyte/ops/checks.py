@@ -60,15 +60,21 @@ def check_amax(amax: Tensor, x: Tensor, wanted: torch.Size, name: str = "amax") 
         raise ShapeError(f"{name} is on {amax.device}, x on {x.device}; move one with .to(device)")
 
 
-def check_rounding(fmt: NVFP4, rng: object, first_block: object = 0, name: str = "rng") -> None:
-    """Raise FormatError unless random words are given exactly where fmt rounds stochastically."""
+def check_rounding(x: Tensor, fmt: NVFP4, rng: object, first_block: object = 0, name: str = "rng") -> None:
+    """Raise FormatError unless random words are given exactly where fmt rounds stochastically, fit for x."""
     if fmt.rounding == "nearest":
         if rng is not None or first_block != 0:
             raise FormatError(
                 f"{name} and first_block are only for rounding='stochastic'; this format rounds to nearest"
             )
         return
-    if not isinstance(rng, tuple) or len(rng) != 2 or not all(isinstance(w, int) and 0 <= w < 2**64 for w in rng):
+    if isinstance(rng, Tensor):
+        if rng.dtype != torch.int64 or tuple(rng.shape) != (2,) or rng.device != x.device:
+            raise FormatError(
+                f"{name} is {rng.dtype} of shape {tuple(rng.shape)} on {rng.device}; needs torch.int64 (2,), seed and "
+                "offset, on x's device"
+            )
+    elif not isinstance(rng, tuple) or len(rng) != 2 or not all(isinstance(w, int) and 0 <= w < 2**64 for w in rng):
         raise FormatError(f"{name}={rng!r}: rounding='stochastic' needs {name}=(seed, offset), two integers of 64 bits")
     if not isinstance(first_block, int) or not 0 <= first_block < 2**60:
         raise FormatError(f"first_block={first_block!r}: must be an integer from 0 to 2**60")

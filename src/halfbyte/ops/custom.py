@@ -1,6 +1,6 @@
 """Every operation as one opaque operator, for torch.compile: `torch.ops.halfbyte.*`, with fake implementations.
 
-An operator takes plain values only: a format travels as text, 64-bit words as signed integers, and the name of the
+An operator takes plain values only: a format travels as text, random words as a tensor, and the name of the
 implementation, already chosen, comes last.
 """
 
@@ -18,8 +18,7 @@ from ..numerics import nvfp4
 from ..numerics.swizzle import swizzled_size
 from .backends import backend
 
-Words = tuple[int, int] | None
-Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Words = tuple[int, int] | Tensor | None
 
 
 def wanted() -> bool:
@@ -31,7 +30,7 @@ def wanted() -> bool:
 
 
 def spell(fmt: NVFP4) -> str:
-    """A format as text that `_read` reads."""
+    """A format as text that `read` reads."""
     return (
         f"{fmt.block[0]} {fmt.scaling} {fmt.scale_rule} {int(fmt.hadamard)} {fmt.rounding} {fmt.error} "
         f"{fmt.e4m3_max} {fmt.error_arithmetic}"
@@ -39,7 +38,8 @@ def spell(fmt: NVFP4) -> str:
 
 
 @functools.cache
-def _read(text: str) -> NVFP4:
+def read(text: str) -> NVFP4:
+    """What `spell` wrote."""
     rows, scaling, scale_rule, hadamard, rounding, error, e4m3_max, error_arithmetic = text.split()
     values: Any = (
         (int(rows), 16), scaling, scale_rule, hadamard == "1", rounding, None if error == "None" else error,
@@ -48,16 +48,23 @@ def _read(text: str) -> NVFP4:
     return NVFP4(*values)
 
 
-def signed(words: Words) -> list[int] | None:
-    """Two 64-bit words as the signed integers with their bits."""
-    return None if words is None else [word - 2**64 if word >= 2**63 else word for word in words]
+def random_words(rng: Words) -> Tensor | None:
+    """Seed and offset as int64 (2,): the tensor itself; numbers as one on the CPU, with their bits."""
+    if rng is None or isinstance(rng, Tensor):
+        return rng
+    return torch.tensor([word - 2**64 if word >= 2**63 else word for word in rng], dtype=torch.int64, device="cpu")
 
 
-def _unsigned(words: Sequence[int] | None) -> Words:
-    return None if words is None else (words[0] % 2**64, words[1] % 2**64)
+def _words(rng: Tensor | None, x: Tensor) -> Words:
+    """What an implementation takes: a tensor beside x, or two numbers."""
+    if rng is None or rng.device == x.device:
+        return rng
+    seed, offset = rng.tolist()
+    return seed % 2**64, offset % 2**64
 
 
-def _empty(x: Tensor, fmt: NVFP4, per_matrix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty(x: Tensor, fmt: NVFP4, per_matrix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results of quantizing x, of their shapes alone."""
     scales = nvfp4.amax_shape(x.shape, fmt, per_matrix)
     return (
         x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8),
@@ -67,7 +74,7 @@ def _empty(x: Tensor, fmt: NVFP4, per_matrix: bool) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def _apart(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def apart(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same tensors, copied where two share memory, which an operator's results may not."""
     seen = set()
     for tensor in tensors:
@@ -82,22 +89,22 @@ def quantize_nvfp4(
     amax: Tensor | None,
     fmt: str,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     importance: Tensor | None,
     hessian: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.quantize_nvfp4`."""
-    options: dict[str, Any] = {"per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
+    options: dict[str, Any] = {"per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
     options |= {"amax": amax, "importance": importance, "hessian": hessian}
-    packed, block_scale, tensor_scale, out_amax = backend(impl).quantize_nvfp4(x, _read(fmt), **options)
+    packed, block_scale, tensor_scale, out_amax = backend(impl).quantize_nvfp4(x, read(fmt), **options)
     return packed, block_scale, tensor_scale, out_amax
 
 
 @quantize_nvfp4.register_fake
 def _(x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x, _read(fmt), per_matrix)
+    return empty(x, read(fmt), per_matrix)
 
 
 @torch.library.custom_op("halfbyte::quantize_mxfp8", mutates_args=())
@@ -143,18 +150,18 @@ def fake_quantize(
     fmt: str,
     unscaled: bool,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`ops.fake_quantize`."""
-    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
-    return backend(impl).fake_quantize(x, _read(fmt), unscaled=unscaled, **options)
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
+    return backend(impl).fake_quantize(x, read(fmt), unscaled=unscaled, **options)
 
 
 @fake_quantize.register_fake
 def _(x: Tensor, amax: Tensor | None, fmt: str, unscaled: bool, per_matrix: bool, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _empty(x, _read(fmt), per_matrix)[2]
+    return x.new_empty(x.shape), empty(x, read(fmt), per_matrix)[2]
 
 
 @torch.library.custom_op("halfbyte::quantize_with_values", mutates_args=())
@@ -163,13 +170,13 @@ def quantize_with_values(
     amax: Tensor | None,
     fmt: str,
     per_matrix: bool,
-    rng: Sequence[int] | None,
+    rng: Tensor | None,
     first_block: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.quantize_with_values`, its tensors in a row."""
-    options = {"amax": amax, "per_matrix": per_matrix, "rng": _unsigned(rng), "first_block": first_block}
-    (packed, block_scale, tensor_scale, out_amax), values = backend(impl).quantize_with_values(x, _read(fmt), **options)
+    options = {"amax": amax, "per_matrix": per_matrix, "rng": _words(rng, x), "first_block": first_block}
+    (packed, block_scale, tensor_scale, out_amax), values = backend(impl).quantize_with_values(x, read(fmt), **options)
     return packed, block_scale, tensor_scale, out_amax, values
 
 
@@ -177,7 +184,7 @@ def quantize_with_values(
 def _(
     x: Tensor, amax: Tensor | None, fmt: str, per_matrix: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (*_empty(x, _read(fmt), per_matrix), x.new_empty(x.shape))
+    return (*empty(x, read(fmt), per_matrix), x.new_empty(x.shape))
 
 
 @torch.library.custom_op("halfbyte::quantize_transpose", mutates_args=())
@@ -187,58 +194,35 @@ def quantize_transpose(
     transposed_amax: Tensor | None,
     fmt: str,
     transposed_fmt: str,
-    rng: Sequence[int] | None,
-    transposed_rng: Sequence[int] | None,
+    rng: Tensor | None,
+    transposed_rng: Tensor | None,
     impl: str,
 ) -> list[Tensor]:
     """`ops.quantize_transpose`, its eight tensors in a row."""
     rows, columns = backend(impl).quantize_transpose(
-        x, _read(fmt), _read(transposed_fmt), amax=amax, transposed_amax=transposed_amax,
-        rng=_unsigned(rng), transposed_rng=_unsigned(transposed_rng),
+        x, read(fmt), read(transposed_fmt), amax=amax, transposed_amax=transposed_amax,
+        rng=_words(rng, x), transposed_rng=_words(transposed_rng, x),
     )  # fmt: skip
-    return list(_apart((*rows, *columns)))
+    return list(apart((*rows, *columns)))
 
 
 @quantize_transpose.register_fake
 def _(
     x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any
 ) -> list[Tensor]:
-    return [*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True)]
-
-
-@torch.library.custom_op("halfbyte::quantize_gradient", mutates_args=("state",))
-def quantize_gradient(
-    x: Tensor,
-    amax: Tensor | None,
-    transposed_amax: Tensor | None,
-    fmt: str,
-    transposed_fmt: str,
-    state: Tensor,
-    impl: str,
-) -> Eight:
-    """`ops.gradient.quantize_gradient`, its eight tensors in a row: a list may not come from what mutates."""
-    from .gradient import run as run_gradient
-
-    formats = _read(fmt), _read(transposed_fmt)
-    parts = run_gradient(x, *formats, state, amax=amax, transposed_amax=transposed_amax, impl=impl)
-    return tuple(_apart(parts))  # type: ignore[return-value]
-
-
-@quantize_gradient.register_fake
-def _(x: Tensor, amax: Tensor | None, transposed_amax: Tensor | None, fmt: str, transposed_fmt: str, *_: Any) -> Eight:
-    return (*_empty(x, _read(fmt), True), *_empty(x.mT, _read(transposed_fmt), True))
+    return [*empty(x, read(fmt), True), *empty(x.mT, read(transposed_fmt), True)]
 
 
 @torch.library.custom_op("halfbyte::quantize_many", mutates_args=())
 def quantize_many(xs: Sequence[Tensor], amax: Tensor | None, fmt: str, shared_amax: bool, impl: str) -> list[Tensor]:
     """`ops.quantize_many`, its tensors in a row, four for each."""
-    results = backend(impl).quantize_many(xs, _read(fmt), amax=amax, shared_amax=shared_amax)
-    return list(_apart(tensor for result in results for tensor in result))
+    results = backend(impl).quantize_many(xs, read(fmt), amax=amax, shared_amax=shared_amax)
+    return list(apart(tensor for result in results for tensor in result))
 
 
 @quantize_many.register_fake
 def _(xs: Sequence[Tensor], amax: Tensor | None, fmt: str, *_: Any) -> list[Tensor]:
-    return [tensor for x in xs for tensor in _empty(x, _read(fmt), False)]
+    return [tensor for x in xs for tensor in empty(x, read(fmt), False)]
 
 
 @torch.library.custom_op("halfbyte::swizzle", mutates_args=())
@@ -319,7 +303,8 @@ def scaled_grouped_matmul(
     """`ops.scaled_grouped_matmul`."""
     from .matmul import run_grouped
 
-    return run_grouped(impl)(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype)
+    options = {"bias": bias, "out_dtype": out_dtype, "accumulate_into": None}
+    return run_grouped(impl)(a, b, offsets, a_scale, b_scale, **options)
 
 
 @scaled_grouped_matmul.register_fake
@@ -327,6 +312,29 @@ def _(
     a: Tensor, b: Tensor, offsets: Any, a_scale: Any, b_scale: Any, bias: Any, out_dtype: torch.dtype, impl: str
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+@torch.library.custom_op("halfbyte::scaled_grouped_matmul_accumulate", mutates_args=("accumulate_into",))
+def scaled_grouped_matmul_accumulate(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    accumulate_into: Tensor,
+    impl: str,
+) -> None:
+    """`ops.scaled_grouped_matmul` with accumulate_into."""
+    from .matmul import run_grouped
+
+    options = {"bias": bias, "out_dtype": torch.float32, "accumulate_into": accumulate_into}
+    run_grouped(impl)(a, b, offsets, a_scale, b_scale, **options)
+
+
+@scaled_grouped_matmul_accumulate.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 @torch.library.custom_op("halfbyte::block_scaled_matmul", mutates_args=())

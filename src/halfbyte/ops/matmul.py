@@ -86,6 +86,7 @@ def scaled_grouped_matmul(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    accumulate_into: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Rows of a (T, K), sorted by expert, each times its expert's matrix of b (E, N, K): (T, N). No gradient.
@@ -98,14 +99,15 @@ def scaled_grouped_matmul(
         a_scale: float32 () or (T,), or None.
         b_scale: float32 (), (E,) or (E, N), or None.
         bias: (E, N) float32, bfloat16 or float16.
-        out_dtype: float32, bfloat16 or float16.
+        out_dtype: float32, bfloat16 or float16; of no effect with accumulate_into.
+        accumulate_into: float32 (T, N), any strides, to which the float32 result is added in place; it is returned.
         impl: as in `scaled_matmul`.
 
     Raises:
         ShapeError, FormatError, UnsupportedError: as `scaled_matmul`.
 
     Numerics: as `scaled_matmul`, but that on a GPU torch's grouped matmul rounds the sums to bfloat16, its only output,
-    before they are scaled: one more rounding, of at most 2^-8 of the sum.
+    before they are scaled and added: one more rounding, of at most 2^-8 of the sum.
     """
     a, b = _operand(a, "a"), _operand(b, "b", 3)
     if b.dtype != a.dtype or b.device != a.device or a.shape[1] != b.shape[2]:
@@ -116,14 +118,18 @@ def scaled_grouped_matmul(
     bias = _bias(bias, a, (experts, columns))
     _check_out_dtype(out_dtype)
     _check_offsets(offsets, a, experts)
+    if accumulate_into is not None:
+        _check_buffer(accumulate_into, a, (rows, columns))
     name = pick(impl, a.device)
     if name == "triton" and a.device.type == "cuda" and a.dtype != torch.bfloat16:
         raise ShapeError(f"a is {_spell(a)}; torch's grouped matmul takes bfloat16, which holds q·s: convert both")
+    operands = a, b, offsets, a_scale, b_scale
     if custom.wanted():
-        return custom.scaled_grouped_matmul(  # type: ignore[no-any-return]
-            a, b, offsets, a_scale, b_scale, bias, out_dtype, name
-        )
-    return run_grouped(name)(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype)
+        if accumulate_into is None:
+            return custom.scaled_grouped_matmul(*operands, bias, out_dtype, name)  # type: ignore[no-any-return]
+        custom.scaled_grouped_matmul_accumulate(*operands, bias, accumulate_into, name)
+        return accumulate_into
+    return run_grouped(name)(*operands, bias=bias, out_dtype=out_dtype, accumulate_into=accumulate_into)
 
 
 def has_block_scaled_matmul(device: torch.device, rows: int, columns: int, k: int) -> bool:
@@ -249,17 +255,23 @@ def _plain_grouped(
     *,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    accumulate_into: Tensor | None,
 ) -> Tensor:
-    out = torch.zeros((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
+    out = accumulate_into
+    if out is None:
+        out = torch.zeros((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
     start = 0
     for e, end in enumerate(offsets.tolist()):
         rows = slice(start, end)
-        out[rows] = _plain(
+        into = None if accumulate_into is None else accumulate_into[rows]
+        y = _plain(
             sums, a[rows], b[e],
             a_scale[rows] if a_scale is not None and a_scale.dim() else a_scale,
             b_scale[e] if b_scale is not None and b_scale.dim() else b_scale,
-            bias=None if bias is None else bias[e], out_dtype=out_dtype, accumulate_into=None,
+            bias=None if bias is None else bias[e], out_dtype=out_dtype, accumulate_into=into,
         )  # fmt: skip
+        if into is None:
+            out[rows] = y
         start = end
     return out
 

@@ -41,7 +41,7 @@ def quantize(
     *,
     amax: Tensor | None = None,
     per_matrix: bool = False,
-    rng: tuple[int, int] | None = None,
+    rng: tuple[int, int] | Tensor | None = None,
     first_block: int = 0,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
@@ -106,7 +106,7 @@ def _group() -> Any:
 
 def _rule(
     fmt: NVFP4,
-    rng: tuple[int, int] | None,
+    rng: tuple[int, int] | Tensor | None,
     first_block: int,
     columns: int,
     importance: Tensor | None,
@@ -120,7 +120,8 @@ def _rule(
         return search_rule(six_e, fmt.error == "mse", columns // COLUMNS, importance, hessian)
     if fmt.rounding == "stochastic":
         assert rng is not None  # ops checks it
-        words = [word & _WORD for number in rng for word in (number, number >> 32)]
+        numbers = rng.tolist() if isinstance(rng, Tensor) else rng
+        words = [word & _WORD for number in numbers for word in (number, number >> 32)]
         return code.Stochastic(six_e, (words[0], words[1], words[2], words[3]), first_block)
     return code.Amax(six_e)
 
