@@ -2,23 +2,32 @@
 
 `rules` and `megatron` know Megatron's names, `placement` and `shards` its parallelism; `exporter` quantizes, `pieces`
 puts ranks' parts together, `delta` keeps to what changed, and `adapters` speak other projects' signatures.
+`transport` sends and `receiver` takes them, over a `link`.
 """
 
 from .adapters import flatten, metadata, quantize_params, unflatten
 from .delta import Delta, apply_delta, make_delta
 from .exporter import Bucket, Exporter, headers
+from .link import Link, connect
 from .megatron import Model, global_name
 from .pieces import Piece, merge
 from .placement import Placement
+from .receiver import Receiver, Serving
+from .transport import Sender
 
 __all__ = [
     "Bucket",
     "Delta",
     "Exporter",
+    "Link",
     "Model",
     "Piece",
     "Placement",
+    "Receiver",
+    "Sender",
+    "Serving",
     "apply_delta",
+    "connect",
     "flatten",
     "global_name",
     "headers",
