@@ -12,6 +12,7 @@ from .link import Link, connect
 from .megatron import Model, global_name
 from .pieces import Piece, merge
 from .placement import Placement
+from .planned import FlatBucket, PreparedExport
 from .receiver import Receiver, Serving
 from .transport import Sender
 
@@ -19,10 +20,12 @@ __all__ = [
     "Bucket",
     "Delta",
     "Exporter",
+    "FlatBucket",
     "Link",
     "Model",
     "Piece",
     "Placement",
+    "PreparedExport",
     "Receiver",
     "Sender",
     "Serving",
