@@ -20,6 +20,7 @@ PUBLIC = [  # in the order that ruff sorts it (RUF022)
     "Policy",
     "QuantizedTensor",
     "ShapeError",
+    "SyncError",
     "UnsupportedError",
     "__version__",
     "fake_quantize",

@@ -5,7 +5,7 @@ Importing it needs torch alone; what reads checkpoints or runs models is importe
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, FormatError, HalfbyteError, ShapeError, UnsupportedError
+from .errors import CheckpointError, FormatError, HalfbyteError, ShapeError, SyncError, UnsupportedError
 from .formats import MXFP8, NVFP4
 from .functional import (
     fake_quantize,
@@ -33,6 +33,7 @@ __all__ = [
     "Policy",
     "QuantizedTensor",
     "ShapeError",
+    "SyncError",
     "UnsupportedError",
     "__version__",
     "fake_quantize",

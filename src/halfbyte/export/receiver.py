@@ -1,0 +1,231 @@
+"""The receiving end: a running model whose weights change in place, from one version to the next or not at all.
+
+All of a sync is staged beside the model, as the 4- or 8-bit bytes that came, and checked. Only then are they written
+into the parameters, which nothing but a failing device can interrupt. That takes one more copy of the quantized
+bytes: 0.28 of a model kept in bf16, as much again as one kept in 4 bits. It is kept from sync to sync, and it is what
+deltas are applied to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, SyncError
+from .delta import Change, Delta, apply_delta
+from .engine import Serving
+from .layout import SEAL_BYTES, Layout, is_broken, salt_of
+from .link import Link
+from .pieces import Piece
+from .targets import Model, Targets, Update
+
+
+class Receiver:
+    """Takes versions of the weights for one running model.
+
+    Attributes:
+        version: what the model serves; None: what it was made with.
+        staged_bytes: memory held beside the model.
+    """
+
+    def __init__(self, model: Model, *, version: int | None = None) -> None:
+        """
+        Args:
+            model: a module, such as `halfbyte.load` returns; or an engine's tensors by their names in a quantized
+                checkpoint. Their addresses never change.
+            version: of the weights that it has.
+        """
+        self.version = version
+        self._targets = Targets(model)
+        self._layouts: dict[str, Layout] = {}
+        self._staging: dict[int, Tensor] = {}
+        self._staged: list[Layout] = []
+        self._updates: dict[str, list[Update]] = {}
+        self._is_base = False  # whether what is staged is what the model serves
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of all staging buffers."""
+        return sum(flat.nbytes for flat in self._staging.values())
+
+    def receive(self, link: Link, *, version: int | None = None, serving: Serving | None = None) -> int:
+        """Take the next sync that the link's sender sends; the model serves on until all of it is here.
+
+        Then: pause → flush_cache → the weights → set_version → resume, of serving.
+
+        Args:
+            link: of any rank but 0.
+            version: the only one that is wanted; None: any newer than the present one.
+            serving: the engine around the model, if something must stop while weights change.
+
+        Returns:
+            the new version.
+
+        Raises:
+            SyncError: the sync did not arrive whole, does not fit, or is not wanted; the old version serves, and
+                `link.problem` tells whether the link can be used again. Everyone on the link hears of it, and no one
+                takes that version.
+        """
+        start = link.hear()
+        objection = self._objection(start, version)
+        link.agree(objection, "the start of a sync")
+        new, problem = int(start["version"]), None
+        broken: list[Tensor] = []
+        layouts: list[Layout] = []
+        delta = start["delta"]
+        self._is_base &= delta is not None
+        scratch: dict[int, Tensor] = {} if delta is not None else self._staging
+        try:
+            while (message := link.hear())["what"] == "bucket":
+                layout = self._layout(message)
+                flat = _buffer(scratch, len(layouts), layout.nbytes + SEAL_BYTES, link.device)
+                link.broadcast(flat)
+                broken.append(is_broken(flat, layout.nbytes, salt_of(new, len(layouts))))
+                layouts.append(layout)
+        except BaseException:
+            link.close()  # the others cannot go on without this rank: they notice at once
+            raise
+        if message["what"] == "abort":
+            raise SyncError(f"the sender gave up: {message['reason']}; version {self.version} serves on")
+        link.settle()
+        changed: dict[str, Tensor] = {}
+        try:
+            problem = _problem(broken, int(message["buckets"]), new)
+            if problem is None and delta is None:
+                updates = self._updates_of(layouts)
+            elif problem is None:
+                changed = self._apply(delta, _tensors(scratch, layouts))
+                updates = self._targets.updates(_shapes(changed), False)
+        except (SyncError, CheckpointError) as error:
+            problem = str(error)
+        link.agree(problem and f"{problem}; version {self.version} serves on", "whether everything arrived")
+        if delta is None:
+            self._staged = layouts
+            changed = _tensors(self._staging, layouts)
+            for index in [i for i in self._staging if i >= len(layouts)]:
+                del self._staging[index]
+            self._layouts = {layout.digest: layout for layout in layouts}
+        failure: SyncError | None = None
+        try:
+            self._take_over(new, updates, changed, serving, delta is not None)
+        except SyncError as error:
+            failure = error
+        with suppress(SyncError):  # another's trouble: here the new version serves
+            link.agree(failure and str(failure), "whether everyone has taken over")
+        if failure is not None:
+            raise failure
+        return new
+
+    def _objection(self, start: Mapping[str, Any], version: int | None) -> str | None:
+        """Why a sync that begins is refused, or None."""
+        new, delta = start.get("version"), start.get("delta")
+        if start.get("what") != "start" or not isinstance(new, int):
+            return f"a sync begins with its version, not with {start}"
+        if version is not None and new != version:
+            return f"version {new} came, wanted is {version}; version {self.version} serves on"
+        if self.version is not None and new <= self.version:
+            return f"version {new} is not newer than {self.version}, which serves on"
+        if delta is not None and (not self._is_base or delta["base_version"] != self.version):
+            return (
+                f"this delta is for version {delta['base_version']}; here is {self.version}"
+                f"{'' if self._is_base else ', whose bytes are not staged any more'}: send everything"
+            )
+        return None
+
+    def _layout(self, message: Mapping[str, Any]) -> Layout:
+        """Of the bucket that comes next; its text comes once."""
+        digest = message["layout"]
+        if text := message.get("text"):
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                raise SyncError("a bucket's layout is damaged; the old version serves on")
+            self._layouts[digest] = Layout.parse(text)
+        if digest not in self._layouts:
+            raise SyncError("a bucket's layout was sent before this receiver came: make a new link, or a new Sender")
+        return self._layouts[digest]
+
+    def _updates_of(self, layouts: list[Layout]) -> list[Update]:
+        """What to do with a full sync of these layouts; the same as last time, as a rule."""
+        key = hashlib.sha256("".join(layout.digest for layout in layouts).encode()).hexdigest()
+        if key not in self._updates:
+            self._updates = {key: self._targets.updates(_shapes(_tensors(self._staging, layouts)), True)}
+        return self._updates[key]
+
+    def _apply(self, delta: Mapping[str, Any], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a delta changes, as they are after it."""
+        changes = {}
+        for name, (dtype, shape) in delta["changes"].items():
+            positions = sent.get(f"{name}:positions")
+            changes[name] = Change(dtype, tuple(shape), positions, sent[f"{name}:values"])
+        base = _tensors(self._staging, self._staged)
+        result = apply_delta(base, Delta(delta["base"], delta["result"], changes))
+        every = dict(result)
+        weights = {name.rpartition(".")[0] for name in changes}
+        return {n: t for n, t in every.items() if n in changes or n.rpartition(".")[0] in weights}
+
+    def _take_over(
+        self, version: int, updates: list[Update], tensors: dict[str, Tensor], serving: Serving | None, is_delta: bool
+    ) -> None:
+        """Write everything into the model. Nothing is expected to fail here; if it does, no version is served."""
+        if serving is not None:
+            serving.pause()
+            serving.flush_cache()
+        old, self.version = self.version, None
+        try:
+            with torch.no_grad():
+                for update in updates:
+                    update.write({source: tensors[source] for source in update.sources})
+                if is_delta:
+                    base = _tensors(self._staging, self._staged)
+                    for name, tensor in tensors.items():
+                        base[name].copy_(tensor)
+        except BaseException as error:
+            self._is_base = False
+            raise SyncError(
+                f"writing version {version} over {old} failed in the middle ({error}): the model must not serve until "
+                "a full sync has succeeded"
+            ) from error
+        self.version, self._is_base = version, True
+        if serving is not None:
+            serving.set_version(version)
+            serving.resume()
+
+
+def _buffer(buffers: dict[int, Tensor], index: int, size: int, device: torch.device) -> Tensor:
+    if index not in buffers or len(buffers[index]) != size or buffers[index].device != device:
+        buffers[index] = torch.empty(size, dtype=torch.uint8, device=device)
+    return buffers[index]
+
+
+def _problem(broken: list[Tensor], expected: int, version: int) -> str | None:
+    """What is wrong with the buckets of a sync; waits for the device once."""
+    if len(broken) != expected:
+        return f"{len(broken)} of {expected} buckets of version {version} came"
+    wrong = torch.stack(broken).nonzero().flatten().tolist() if broken else []
+    if wrong:
+        return f"bucket {wrong[0]} of version {version} did not arrive as it was sent: its checksum is another"
+    return None
+
+
+def _tensors(buffers: Mapping[int, Tensor], layouts: list[Layout]) -> dict[str, Tensor]:
+    """Whole tensors of all buckets, parts joined."""
+    found: defaultdict[str, list[Piece]] = defaultdict(list)
+    for index, layout in enumerate(layouts):
+        for piece in layout.views(buffers[index]):
+            found[piece.name].append(piece)
+    return {name: _joined(name, pieces) for name, pieces in found.items()}
+
+
+def _joined(name: str, pieces: list[Piece]) -> Tensor:
+    if len(pieces) > 1 or pieces[0].dim is not None:
+        raise SyncError(f"{name}: came in parts; join those of all ranks with merge before sending")
+    return pieces[0].tensor
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
