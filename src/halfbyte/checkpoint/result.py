@@ -43,10 +43,30 @@ class WeightReport:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A source that was quantized already.
+
+    Attributes:
+        what: how, in words.
+        decoded: number of weights that were decoded.
+        kept: modules among them that stay unquantized, as bfloat16.
+        left_out: number of tensors that mean nothing any more, by what they are.
+    """
+
+    what: str
+    decoded: int
+    kept: tuple[str, ...]
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion did.
 
     Attributes:
+        source_bytes: as stored.
+        encoded: what the source was, if it was quantized already.
+        model_type: the model's family, by its config.
         impl: the implementation that quantized: "cpu", "triton" or "reference".
         resumed_shards: how many of the `shards` an interrupted run had finished; `seconds` does not count those.
     """
@@ -64,6 +84,13 @@ class Report:
     shards: int
     resumed_shards: int
     seconds: float
+    encoded: Encoded | None = None
+    model_type: str = ""
+
+    @property
+    def exact(self) -> int:
+        """Weights that decode to the very values of the source."""
+        return sum(weight.squared_error == 0 for weight in self.weights)
 
     @property
     def bits_per_weight(self) -> float:
