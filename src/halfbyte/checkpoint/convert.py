@@ -120,17 +120,19 @@ def convert(
         shards=len(shards),
         resumed_shards=len(finished),
         seconds=time.monotonic() - start,
-        encoded=_encoded(checkpoint, plan),
+        encoded=_encoded(checkpoint, plan, reports),
         model_type=str(text_config(checkpoint.config).get("model_type")),
     )
 
 
-def _encoded(checkpoint: Checkpoint, plan: Plan) -> Encoded | None:
+def _encoded(checkpoint: Checkpoint, plan: Plan, reports: Iterable[WeightReport]) -> Encoded | None:
     if not isinstance(checkpoint, DecodedCheckpoint):
         return None
     decoded = [item for item in plan if item.decoded]
     kept = tuple(item.name.module for item in decoded if item.format is None)
-    return Encoded(checkpoint.declared.what, len(decoded), kept, checkpoint.left_out)
+    names = {item.name.full for item in decoded}
+    mxfp8 = [r.squared_error == 0 for r in reports if r.name in names and isinstance(r.format, MXFP8)]
+    return Encoded(checkpoint.declared.what, len(decoded), kept, len(mxfp8), sum(mxfp8), checkpoint.left_out)
 
 
 def _write_shards(

@@ -50,12 +50,15 @@ class Encoded:
         what: how, in words.
         decoded: number of weights that were decoded.
         kept: modules among them that stay unquantized, as bfloat16.
+        mxfp8, exact: how many were quantized to MXFP8, and how many of those have the very values that they had.
         left_out: number of tensors that mean nothing any more, by what they are.
     """
 
     what: str
     decoded: int
     kept: tuple[str, ...]
+    mxfp8: int
+    exact: int
     left_out: dict[str, int]
 
 
@@ -86,11 +89,6 @@ class Report:
     seconds: float
     encoded: Encoded | None = None
     model_type: str = ""
-
-    @property
-    def exact(self) -> int:
-        """Weights that decode to the very values of the source."""
-        return sum(weight.squared_error == 0 for weight in self.weights)
 
     @property
     def bits_per_weight(self) -> float:

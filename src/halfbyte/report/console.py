@@ -16,7 +16,7 @@ from ..checkpoint.engines import serve_commands
 from ..checkpoint.manifest import format_to_json
 from ..checkpoint.options import Options
 from ..checkpoint.plan import Plan, Planned
-from ..formats import MXFP8, Format
+from ..formats import Format
 
 _LISTED = 4
 
@@ -57,7 +57,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "layout": report.options.layout,
         "impl": report.impl,
         "source_bytes": report.source_bytes,
-        "source_encoding": None if report.encoded is None else {**asdict(report.encoded), "exact": report.exact},
+        "source_encoding": None if report.encoded is None else asdict(report.encoded),
         "output_bytes": report.output_bytes,
         "bits_per_weight": report.bits_per_weight,
         "weights_quantized": len(report.weights),
@@ -125,13 +125,10 @@ def _source_sentences(report: Report) -> Iterator[str]:
             none = report.options.kv_cache == "none"
             means = "the KV cache is not quantized" if none else "scales of its own are written instead"
         yield f"{count} {what} of the source left out: {means}"
-    mxfp8 = [weight for weight in report.weights if isinstance(weight.format, MXFP8)]
-    if mxfp8:
-        exact = sum(weight.squared_error == 0 for weight in mxfp8)
-        rest = len(mxfp8) - exact
-        yield f"{exact} of {len(mxfp8)} MXFP8 weights keep every value of the source" + (
-            f"; {rest} had to be rounded, since their scales are no powers of two that MXFP8 has" if rest else ""
-        )
+    if encoded.mxfp8:
+        lossy = encoded.mxfp8 - encoded.exact
+        why = f"; {lossy} had to be rounded, since their scales are no powers of two that MXFP8 has" if lossy else ""
+        yield f"{encoded.exact} of {encoded.mxfp8} became MXFP8 without loss: every value is the source's{why}"
 
 
 def _serve(report: Report) -> dict[str, str]:

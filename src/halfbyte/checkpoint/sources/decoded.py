@@ -126,7 +126,7 @@ class DecodedCheckpoint(Checkpoint):
         info = self._on_disk[stored.scale]
         if stored.grid[0] == 1:
             start, stop = 0, 1
-        if info.shape[len(info.shape) - 2 :] == (stored.grid[0], stored.grid[1]):
+        if len(info.shape) == len(matrix) + 2 and info.shape[-2:] == stored.grid:
             scale = self._rows(stored, stored.scale, matrix, start, stop)
         else:
             whole = self._read(stored.scale, info, ()).reshape(-1, *stored.grid)
