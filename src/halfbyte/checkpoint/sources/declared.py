@@ -81,7 +81,7 @@ def read_declared(directory: Path, config: dict[str, Any]) -> Declared | None:
         where = f"{directory / HF_QUANT_CONFIG}: quantization"
         beside = read_json(directory / HF_QUANT_CONFIG).get("quantization")
         if isinstance(beside, dict) and beside.get("quant_algo"):
-            found = {"quant_method": "modelopt", **beside}
+            found = {**beside, "quant_method": "modelopt"}
     if found is None:
         return None
     method = found.get("quant_method")
