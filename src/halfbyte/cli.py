@@ -36,6 +36,7 @@ app = typer.Typer(
     "`halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors` · "
     "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run` · "
     "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8` · "
+    "`halfbyte convert deepseek-ai/DeepSeek-V3.1 out --format mxfp8` · "
     "`halfbyte convert ./model out --resume`"
 )
 def convert(
@@ -83,17 +84,24 @@ def convert(
     device: Device = "auto",
     max_shard_gb: Annotated[float, typer.Option(help="Size of an output file, in GB.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a source that is NVFP4: decode it and round it once more.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would become of every tensor, and why.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a Hugging Face checkpoint to NVFP4 or MXFP8."""
+    """Quantize a Hugging Face checkpoint to NVFP4 or MXFP8.
+
+    It may be bfloat16, float16 or float32, or be decoded first: FP8 as DeepSeek, ModelOpt and compressed-tensors write
+    it, MXFP8, and MXFP4 as gpt-oss has it.
+    """
     from .checkpoint.convert import convert as run
     from .checkpoint.hub import resolve
     from .checkpoint.journal import working_directory
     from .checkpoint.plan import make_plan
-    from .checkpoint.shards import Checkpoint
+    from .checkpoint.sources import open_source
     from .report.console import plan_json, print_plan, print_report, report_json
 
     with errors(as_json):
@@ -116,7 +124,7 @@ def convert(
         if not 0 < max_shard_gb < math.inf:
             raise FormatError(f"--max-shard-gb {max_shard_gb}: must be positive and finite")
         source = resolve(model)
-        checkpoint = Checkpoint(source)
+        checkpoint = open_source(source, requantize=requantize)
         if dry_run:
             plan = make_plan(checkpoint, options)
             emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
@@ -134,6 +142,7 @@ def convert(
                 device=usable_device(device),
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 resume=resume,
+                requantize=requantize,
                 progress=advance,
             )
         emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
@@ -186,7 +195,7 @@ app.command(
 )(diff)
 
 
-@app.command(epilog="Example: `halfbyte dequantize out decoded`")
+@app.command(epilog="Examples: `halfbyte dequantize out decoded` · `halfbyte dequantize ./deepseek-fp8 bf16`")
 def dequantize(
     quantized_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
     out_dir: Annotated[Path, typer.Argument(help="New directory for the decoded model; must not exist.")],
@@ -194,7 +203,7 @@ def dequantize(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write the values that a quantized checkpoint decodes to as an ordinary model."""
+    """Write the values that a quantized checkpoint decodes to as an ordinary model: NVFP4, or what `convert` reads."""
     from .checkpoint.dequantize import dequantize as run
     from .report.console import size
 
@@ -267,6 +276,7 @@ _BESIDE_RECIPE = (
     "device",
     "max_shard_gb",
     "resume",
+    "requantize",
     "dry_run",
     "as_json",
 )

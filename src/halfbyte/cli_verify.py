@@ -36,7 +36,7 @@ def verify(
     from .checkpoint.loaders import Verdict, judge, parse_engines
     from .checkpoint.manifest import is_calibrated
     from .checkpoint.recompute import verify_source
-    from .checkpoint.shards import Checkpoint
+    from .checkpoint.sources import open_source
     from .checkpoint.survey import survey
     from .checkpoint.verify import Finding, verify_structure
     from .report.loaders import print_verdicts
@@ -57,7 +57,7 @@ def verify(
                 verdicts += judge(survey(out_dir), wanted, tp, advance)
         if source is not None:
             source_path = resolve(source)
-            with progress("against source", Checkpoint(source_path).nbytes) as advance:
+            with progress("against source", open_source(source_path, requantize=True).nbytes) as advance:
                 findings += verify_source(out_dir, source_path, usable_device(device), advance)
     unique = list(dict.fromkeys(findings))
     ok = not unique and all(verdict.outcome == "loads" for verdict in verdicts)

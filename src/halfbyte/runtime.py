@@ -27,7 +27,7 @@ from .functional import fake_quantize, quantize
 from .names import Name
 from .ops import FLOAT_DTYPES
 
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)$")
 _EXPERTS_FUNCTION = "halfbyte_quantized_inputs"
 FakeQuantize = Callable[[Tensor], Tensor]
 Activations = Literal["stored", "none", "row"]
@@ -138,19 +138,24 @@ def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tenso
     stacked: dict[str, Tensor] = {}
     for name, tensor in state.items():
         found = _EXPERT.match(name)
-        if found and f"{found[1]}.gate_up_proj" in wanted:
-            experts[found[1]][int(found[2])][_PART.get(found[3], found[3])] = tensor
+        bias = "_bias" if found and found[4] == "bias" else ""
+        if found and f"{found[1]}.gate_up_proj{bias}" in wanted:
+            experts[found[1]][int(found[2])][_PART.get(found[3], found[3]) + bias] = tensor
         else:
             stacked[name] = tensor
     for module, by_index in experts.items():
         ordered = [by_index[i] for i in sorted(by_index)]
+        biased = f"{module}.gate_up_proj_bias" in wanted  # as gpt-oss's are: rows of gate and up alternate, transposed
         try:
-            gate_up = [torch.cat((parts["gate_proj"], parts["up_proj"])) for parts in ordered]
-            down = [parts["down_proj"] for parts in ordered]
+            for bias in ("", "_bias") if biased else ("",):
+                pairs = [(parts[f"gate_proj{bias}"], parts[f"up_proj{bias}"]) for parts in ordered]
+                gate_up = [torch.stack(pair, 1).flatten(0, 1) if biased else torch.cat(pair) for pair in pairs]
+                down = [parts[f"down_proj{bias}"] for parts in ordered]
+                for part, tensors in (("gate_up_proj", gate_up), ("down_proj", down)):
+                    whole = torch.stack(tensors)
+                    stacked[f"{module}.{part}{bias}"] = whole.mT.contiguous() if biased and not bias else whole
         except KeyError as error:
             raise CheckpointError(f"{module}: an expert lacks its {error.args[0]}") from error
-        stacked[f"{module}.gate_up_proj"] = torch.stack(gate_up)
-        stacked[f"{module}.down_proj"] = torch.stack(down)
     return stacked
 
 

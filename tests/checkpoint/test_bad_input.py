@@ -140,7 +140,7 @@ MODELS: dict[str, tuple[Model, tuple[str, ...]]] = {
     "-inf": (poisoned(UP, float("-inf"), torch.float32), (FILE + UP, "contains NaN or inf")),
     "quantized by its config": (
         models.moe().configured(quantization_config={"quant_method": "fp8"}),
-        ("config.json: the model is quantized already (fp8); convert the high-precision", "halfbyte dequantize"),
+        ("config.json: the model is quantized already, it says, as FP8", "but no weight is stored so"),
     ),
     "quantized by its text config": (
         models.moe().configured(text_config={"quantization_config": {"quant_method": "gptq"}}),
@@ -208,6 +208,7 @@ def test_our_own_output_is_quantized_already(tmp_path: Path) -> None:
         config = json.loads((tmp_path / layout / "q" / "config.json").read_text())
         del config["quantization_config"]
         (tmp_path / layout / "q" / "config.json").write_text(json.dumps(config))
+        (tmp_path / layout / "q" / "hf_quant_config.json").unlink(missing_ok=True)
         refused(tmp_path, tmp_path / layout / "q", "model.safetensors", "belongs to a quantized checkpoint")
         shutil.rmtree(tmp_path / layout)
 

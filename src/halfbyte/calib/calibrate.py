@@ -13,6 +13,7 @@ from ..checkpoint.convert import DEFAULT_SHARD_BYTES, Report, convert
 from ..checkpoint.options import Options
 from ..checkpoint.plan import text_config
 from ..checkpoint.shards import Checkpoint
+from ..checkpoint.sources import open_source
 from ..errors import CheckpointError, UnsupportedError
 from .data import Windows, load_windows
 from .options import Calibration
@@ -46,7 +47,7 @@ def calibrate(
         raise CheckpointError(f"{output}: already exists; choose another output directory or remove it")
     work = output.with_name(f"{output.name}.partial")
     store, summary = run(
-        Checkpoint(source), options, calibration, windows, work, device=device, resume=resume, progress=progress
+        open_source(source), options, calibration, windows, work, device=device, resume=resume, progress=progress
     )
     ranks = Ranks.current()
     report = None

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import HalfbyteError
 from ..formats import NVFP4
-from .convert import weight_group
+from .convert import kept_tensor, weight_group
 from .dequantize import decode
 from .plan import Plan, Planned
 from .shards import Checkpoint
@@ -44,10 +44,10 @@ def _group(contents: Contents, source: Checkpoint, group: tuple[Planned, ...], d
         name = item.name.full
         if name not in found.tensors:
             yield Finding(name, "is missing")
-        elif not _same_bytes(found.read(name), source.read(item.source, item.index)):
+        elif not _same_bytes(found.read(name), kept_tensor(item, source.fetch(item.source, item.index))):
             yield Finding(name, "is in high precision, but not what the source has")
         return
-    weights = [source.read(item.source, item.index).to(device) for item in group]
+    weights = [source.fetch(item.source, item.index)(device) for item in group]
     fmt = group[0].format
     fmt = NVFP4() if isinstance(fmt, NVFP4) else fmt
     (rounded,) = quantize_groups([weight_group(source, group, weights, fmt)])

@@ -65,14 +65,34 @@ class Quantization:
         return {target: group.format for group in self.groups for target in group.targets}
 
 
-def is_quantized(config: dict[str, Any]) -> str | None:
-    """The quant_method that a model's config declares, wherever it hides; None for a high-precision model."""
+_KEYS = ("quantization_config", "compression_config")
+
+
+def declared_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a model's config says of its quantization, wherever that hides; None for a high-precision model."""
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        found = part.get("quantization_config") or part.get("compression_config")
+        found = next((part[key] for key in _KEYS if part.get(key)), None)
         if isinstance(found, dict):
-            method = str(found.get("quant_method") or found.get("quant_algo") or "unknown")
-            return method if method.isprintable() else ascii(method)
+            return found
     return None
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without any such part."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }
+
+
+def is_quantized(config: dict[str, Any]) -> str | None:
+    """The quant_method that a model's config declares; None for a high-precision model."""
+    found = declared_quantization(config)
+    if found is None:
+        return None
+    method = str(found.get("quant_method") or found.get("quant_algo") or "unknown")
+    return method if method.isprintable() else ascii(method)
 
 
 def quantization_config(q: Quantization) -> dict[str, Any]:

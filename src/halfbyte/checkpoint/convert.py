@@ -25,20 +25,23 @@ from .journal import Journal, differences, working_directory
 from .manifest import choices, write_manifest
 from .options import Options
 from .pipeline import Budget, WriteBehind, read_ahead
-from .plan import Plan, Planned, make_plan
+from .plan import Plan, Planned, make_plan, text_config
 from .recorded import RecordedShards, finished_shards, source_files
+from .result import Encoded, is_search
 from .result import Report as Report
 from .result import WeightReport as WeightReport
-from .result import is_search
 from .schema import Entry, kv_scale_entries, weight_entries, weight_tensors
 from .shards import (
+    DTYPES,
     INDEX,
     SINGLE,
     Checkpoint,
+    Fetched,
     TensorInfo,
     copy_companions,
     write_json,
 )
+from .sources import DecodedCheckpoint, open_source
 from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -57,6 +60,7 @@ def convert(
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
+    requantize: bool = False,
     work: Path | None = None,
     progress: Progress = lambda done: None,
 ) -> Report:
@@ -68,12 +72,15 @@ def convert(
     Until it is whole, the output is in `work` (OUTPUT.partial by default). What is finished stays there when a
     conversion is interrupted; with resume=True the next one goes on from there, and ends with the same bytes.
 
+    A source that is quantized already, to FP8, MXFP8 or MXFP4, is taken as what it decodes to (docs/sources.md); with
+    requantize=True also one that is NVFP4.
+
     Raises:
         CheckpointError: anything wrong with the source, the options for it, or the output place; nothing is left
             behind then. Or the disk failed, which says where to go on from; or there is something else to resume.
     """
     start = time.monotonic()
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source, requantize=requantize)
     plan = make_plan(checkpoint, options)
     if calibrated is None and (reason := options.needs_data):
         raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
@@ -104,7 +111,7 @@ def convert(
         options=options,
         impl=ops.pick("auto", torch.device(device)),
         weights=tuple(reports),
-        source_bytes=checkpoint.nbytes,
+        source_bytes=checkpoint.stored_bytes,
         output_bytes=sum(sizes.values()),
         fused_groups=sum(len(group) > 1 for group in plan.groups),
         unequal_fused_scales=sum(len({scales.get(item.name.full) for item in group}) > 1 for group in plan.groups),
@@ -113,7 +120,19 @@ def convert(
         shards=len(shards),
         resumed_shards=len(finished),
         seconds=time.monotonic() - start,
+        encoded=_encoded(checkpoint, plan, reports),
+        model_type=str(text_config(checkpoint.config).get("model_type")),
     )
+
+
+def _encoded(checkpoint: Checkpoint, plan: Plan, reports: Iterable[WeightReport]) -> Encoded | None:
+    if not isinstance(checkpoint, DecodedCheckpoint):
+        return None
+    decoded = [item for item in plan if item.decoded]
+    kept = tuple(item.name.module for item in decoded if item.format is None)
+    names = {item.name.full for item in decoded}
+    mxfp8 = [r.squared_error == 0 for r in reports if r.name in names and isinstance(r.format, MXFP8)]
+    return Encoded(checkpoint.declared.what, len(decoded), kept, len(mxfp8), sum(mxfp8), checkpoint.left_out)
 
 
 def _write_shards(
@@ -135,8 +154,8 @@ def _write_shards(
     def size(group: tuple[Planned, ...]) -> int:
         return sum(item.nbytes for item in group)
 
-    def read(group: tuple[Planned, ...]) -> list[Tensor]:
-        return read_group(checkpoint, group)
+    def read(group: tuple[Planned, ...]) -> list[Fetched]:
+        return fetch_group(checkpoint, group)
 
     def write(tensors: dict[str, Tensor], reports: list[WeightReport], held: int) -> None:
         out.write(file_of[next(iter(tensors))], tensors, reports)
@@ -144,16 +163,16 @@ def _write_shards(
 
     budget = Budget(MEMORY)
     with closing(RecordedShards(journal, shards)) as out, WriteBehind(budget) as writer:
-        for group, weights in read_ahead(groups, read, size, budget):
+        for group, fetched in read_ahead(groups, read, size, budget):
             tensors: dict[str, Tensor] = {}
             reports: list[WeightReport] = []
-            for _, part, report in convert_group(checkpoint, group, options, device, calibrated, weights):
+            for _, part, report in convert_group(checkpoint, group, options, device, calibrated, fetched):
                 tensors |= part
                 reports += [report] if report else []
 
             writer.submit(partial(write, tensors, reports, size(group)))
             progress(size(group))
-            del weights, tensors
+            del fetched, tensors
         scales = {name: t for name, t in kv_scales(plan, options, calibrated).items() if name in file_of}
         if scales:
             writer.submit(partial(write, scales, [], 0))
@@ -174,7 +193,7 @@ def group_entries(group: tuple[Planned, ...], options: Options) -> dict[str, Ent
             activations = options.activations != "none"
             entries |= weight_entries(options.layout, item.format, item.name.module, item.shape, activations)
         else:
-            entries[item.name.full] = (item.dtype, item.shape)
+            entries[item.name.full] = (item.kept_dtype, item.shape)
     return entries
 
 
@@ -200,18 +219,18 @@ def convert_group(
     options: Options,
     device: torch.device | str,
     calibrated: Calibrated | None = None,
-    read: list[Tensor] | None = None,
+    fetched: list[Fetched] | None = None,
 ) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
     """The output tensors of each member of a group, quantized under one tensor scale.
 
-    read: what `read_group` gives for it, where that was done before.
+    fetched: what `fetch_group` gives for it, where that was done before.
     """
     fmt = group[0].format
-    found = read_group(checkpoint, group) if read is None else read
+    found = fetch_group(checkpoint, group) if fetched is None else fetched
     if fmt is None:
-        yield group[0], {group[0].name.full: found[0]}, None
+        yield group[0], {group[0].name.full: kept_tensor(group[0], found[0], device)}, None
         return
-    weights = [weight.to(device) for weight in found]
+    weights = [weight(device) for weight in found]
     given = [calibrated.weight(item.name.full) if calibrated else None for item in group]
     given = [None if q is None else cast(QuantizedTensor, q.to(device)) for q in given]
     quantized = given
@@ -228,15 +247,20 @@ def convert_group(
         yield item, tensors, _report(item, weight, q)
 
 
+def kept_tensor(item: Planned, fetched: Fetched, device: torch.device | str = "cpu") -> Tensor:
+    """What is written of a tensor that is not quantized."""
+    return fetched(device if item.decoded else "cpu").to(DTYPES[item.kept_dtype]).cpu()
+
+
 def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor], fmt: Format) -> WeightGroup:
     """A planned group with its weights, for `quantize_groups`."""
     where = [f"{checkpoint.directory / checkpoint.tensors[item.source].file}: " for item in group]
     return WeightGroup(fmt, weights, [item.name.full for item in group], where)
 
 
-def read_group(checkpoint: Checkpoint, group: tuple[Planned, ...]) -> list[Tensor]:
-    """The source's tensors of a group."""
-    return [checkpoint.read(item.source, item.index) for item in group]
+def fetch_group(checkpoint: Checkpoint, group: tuple[Planned, ...]) -> list[Fetched]:
+    """The source's tensors of a group, read but not decoded."""
+    return [checkpoint.fetch(item.source, item.index) for item in group]
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..names import natural_key
 from .convert import DEFAULT_SHARD_BYTES, Progress, shard, write_index
-from .schema import SCALE_PARAMETERS, Entry, quantized_tensor, weight_names
+from .schema import quantized_tensor, weight_names
 from .shards import DTYPES, ShardWriter, TensorInfo, copy_companions, whole_or_nothing, write_json
-from .verify import Contents, open_quantized
+from .sources import DecodedCheckpoint, open_source
+from .verify import Contents
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -32,30 +34,29 @@ def dequantize(
     Other tensors are copied, scales dropped; experts stay one by one. The output appears whole or not at all.
 
     Raises:
-        CheckpointError: the source is not a quantized checkpoint that halfbyte reads, or the output exists.
+        CheckpointError: the source is not quantized, or not in a way that is understood (docs/sources.md); the output
+            exists.
     """
     if dtype not in OUTPUT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}")
-    contents = open_quantized(directory)
-    entries = output_entries(contents, OUTPUT_DTYPES[dtype])
-    modules = {name.full: name.module for name in contents.quantized}
+    source = open_source(directory, requantize=True)
+    if not isinstance(source, DecodedCheckpoint):
+        raise CheckpointError(f"{directory}/config.json: no quantization_config; this is not a quantized checkpoint")
+    infos = {name: source.tensors[name] for name in sorted(source.tensors, key=natural_key)}
+    entries = {n: (OUTPUT_DTYPES[dtype] if info.decoded else info.dtype, info.shape) for n, info in infos.items()}
     with whole_or_nothing(output) as target:
         shards = shard(({name: entry} for name, entry in entries.items()), max_shard_bytes)
         for file, part in shards.items():
             with ShardWriter(target / file, part) as writer:
                 for name, (dtype_name, _) in part.items():
-                    if name in modules:
-                        data = decode(contents, modules[name], DTYPES[dtype_name], device)
-                    else:
-                        data = contents.checkpoint.read(name)
+                    data = source.fetch(name)(device if infos[name].decoded else "cpu").to(DTYPES[dtype_name])
                     writer.write(name, data)
                     progress(data.nbytes)
         total = sum(TensorInfo("", *entry).nbytes for entry in entries.values())
         if len(shards) > 1:
             write_index(target, {name: file for file, part in shards.items() for name in part}, total)
         copy_companions(directory, target)
-        config = {k: v for k, v in contents.checkpoint.config.items() if k != "quantization_config"}
-        write_json(target / "config.json", _with_dtype(config, dtype))
+        write_json(target / "config.json", _with_dtype(source.config, dtype))
     return total
 
 
@@ -63,19 +64,6 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config with `dtype` (`torch_dtype` in older ones) replaced wherever it stands, nested configs too."""
     changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
-
-
-def output_entries(contents: Contents, dtype: str) -> dict[str, Entry]:
-    """Name → (dtype, shape) of the decoded checkpoint, in natural order."""
-    entries: dict[str, Entry] = {}
-    for tensor, info in contents.checkpoint.tensors.items():
-        module, _, parameter = tensor.rpartition(".")
-        if contents.holds_elements(tensor):
-            rows, columns = info.shape
-            entries[f"{module}.weight"] = (dtype, (rows, columns * 2 if info.dtype == "U8" else columns))
-        elif parameter not in SCALE_PARAMETERS:
-            entries[tensor] = (info.dtype, info.shape)
-    return entries
 
 
 def decode(contents: Contents, module: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -21,6 +21,7 @@ from .plan import Planned, places
 from .producers import PRODUCERS, Producer
 from .schema import SCALE_PARAMETERS
 from .shards import Checkpoint, TensorInfo
+from .sources import open_source
 from .survey import CHUNK_ELEMENTS, Survey, Weight, survey
 
 EXPLAINED = 4  # weights that are quantized again by every rule: the first that differ, one of each kind
@@ -144,7 +145,7 @@ def diff(a: Path, b: Path, source: Path | None = None, progress: Callable[[int],
         progress(pair.nbytes(name))
     explanations: tuple[Explanation, ...] = ()
     if source is not None:
-        explanations = tuple(_explain(pair, differences, Checkpoint(source)))
+        explanations = tuple(_explain(pair, differences, open_source(source, requantize=True)))
     schemes = tuple(_scheme(side) for side in (pair.a, pair.b))
     return Diff(a, b, (schemes[0], schemes[1]), len(pair.names), tuple(differences), explanations)
 

@@ -20,7 +20,8 @@ from .loaders import Verdict, judge
 from .manifest import FILE as MANIFEST
 from .measure import Measured, measure, relative_error, snr
 from .schema import SCALE_PARAMETERS
-from .shards import Checkpoint, read_json
+from .shards import read_json
+from .sources import open_source
 from .survey import Survey, survey
 
 Severity = Literal["error", "warning", "note"]
@@ -152,7 +153,8 @@ def inspect(
     if not found.weights:
         seen = next((f"; {tensor} is {what}" for tensor, what in found.unknown.items()), "")
         raise CheckpointError(f"{path}: no weight is quantized as NVFP4 or MXFP8{seen}")
-    measured = tuple(measure(found, None if source is None else Checkpoint(source), device, progress))
+    original = None if source is None else open_source(source, requantize=True)
+    measured = tuple(measure(found, original, device, progress))
     histograms = {result.weight.name.full: result.scales for result in measured}
     layers = tuple(_rows(measured, by_layer=True))
     declared = [d for d in (declared_for(found, "vllm"), declared_for(found, "tensorrt-llm")) if d is not None]

@@ -61,6 +61,7 @@ class Planned:
         decision: whether it is quantized, and why (not).
         format: what it is quantized to, or None.
         linear: whether it is a Linear's weight, so that engines need to be told when it is not quantized.
+        decoded: whether the source has it in another format; dtype is then what that decodes to.
     """
 
     name: Name
@@ -71,10 +72,16 @@ class Planned:
     decision: Decision
     format: Format | None
     linear: bool
+    decoded: bool = False
+
+    @property
+    def kept_dtype(self) -> str:
+        """What it is written as where it is not quantized: as it is, but bfloat16 for what was low precision."""
+        return "BF16" if self.decoded else self.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size in the source."""
+        """Size in memory, of the source's values."""
         return TensorInfo("", self.dtype, self.shape).nbytes
 
 
@@ -192,7 +199,7 @@ def _items(source: Source, choose: _Choice) -> Iterator[Planned]:
         linear = name.parameter == "weight" and len(info.shape) == 2 and name.kind not in ("embedding", "norm")
         if not linear:
             kept = Decision(False, _not_linear(name, info))
-            yield Planned(name, info.dtype, info.shape, tensor, (), kept, None, False)
+            yield Planned(name, info.dtype, info.shape, tensor, (), kept, None, False, info.decoded)
             continue
         decision, fmt = choose(name)
         if fmt is not None and name.kind == "lm_head" and tied:
@@ -200,7 +207,7 @@ def _items(source: Source, choose: _Choice) -> Iterator[Planned]:
                 f"{where}: lm_head shares its weight with the embedding (tie_word_embeddings), which stays in high "
                 "precision; drop it from --include"
             )
-        yield Planned(name, info.dtype, info.shape, tensor, (), decision, fmt, True)
+        yield Planned(name, info.dtype, info.shape, tensor, (), decision, fmt, True, info.decoded)
 
 
 def _not_linear(name: Name, info: TensorInfo) -> str:
@@ -247,7 +254,8 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
         for part, rows in parts.items():
             unstacked = names.parse(f"{parent}.{expert}.{part}.weight", choose.layers)
             shape = (rows.stop - rows.start, wanted[1])
-            yield Planned(unstacked, info.dtype, shape, name.full, (expert, rows), *choose(unstacked), True)
+            where_in = (expert, rows)
+            yield Planned(unstacked, info.dtype, shape, name.full, where_in, *choose(unstacked), True, info.decoded)
 
 
 def _check_patterns(items: list[Planned], options: Options, where: object) -> None:

@@ -23,6 +23,7 @@ from .manifest import is_calibrated, read_manifest
 from .options import Options
 from .plan import Plan, Planned, make_plan
 from .shards import Checkpoint, companions
+from .sources import open_source
 from .verify import Contents, Finding, Progress, open_quantized
 
 _INPUT_SCALES = frozenset({"input_scale", "input_global_scale"})
@@ -37,7 +38,7 @@ def verify_source(
     What is quantized is read off the checkpoint, and by which rule is in halfbyte.json; without it every rule of the
     contract is tried on one weight of each kind, and the best fit is held against the rest.
     """
-    source = Checkpoint(source_directory)
+    source = open_source(source_directory, requantize=True)
     try:
         contents = open_quantized(directory)
         manifest = read_manifest(directory)

@@ -20,7 +20,7 @@ from .shards import INDEX, Checkpoint, ShardWriter, companions, is_shard
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """By what a changed source is noticed: size and time of every file that is read or copied."""
     directory = checkpoint.directory
-    names = {"config.json", *(info.file for info in checkpoint.tensors.values()), *companions(directory)}
+    names = {*checkpoint.files, *companions(directory)}
     stats = {name: (directory / name).stat() for name in sorted(names | {INDEX}) if (directory / name).exists()}
     return {
         name: {"bytes": stat.st_size, "modified": datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}

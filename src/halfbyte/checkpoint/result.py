@@ -43,10 +43,33 @@ class WeightReport:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A source that was quantized already.
+
+    Attributes:
+        what: how, in words.
+        decoded: number of weights that were decoded.
+        kept: modules among them that stay unquantized, as bfloat16.
+        mxfp8, exact: how many were quantized to MXFP8, and how many of those have the very values that they had.
+        left_out: number of tensors that mean nothing any more, by what they are.
+    """
+
+    what: str
+    decoded: int
+    kept: tuple[str, ...]
+    mxfp8: int
+    exact: int
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion did.
 
     Attributes:
+        source_bytes: as stored.
+        encoded: what the source was, if it was quantized already.
+        model_type: the model's family, by its config.
         impl: the implementation that quantized: "cpu", "triton" or "reference".
         resumed_shards: how many of the `shards` an interrupted run had finished; `seconds` does not count those.
     """
@@ -64,6 +87,8 @@ class Report:
     shards: int
     resumed_shards: int
     seconds: float
+    encoded: Encoded | None = None
+    model_type: str = ""
 
     @property
     def bits_per_weight(self) -> float:

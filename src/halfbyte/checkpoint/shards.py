@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,14 +52,21 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+Fetched = Callable[[torch.device | str], Tensor]  # given a device: the tensor there
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor; `offset` is where in the file its data begins."""
+    """What a file's header says of a tensor; `offset` is where in the file its data begins.
+
+    decoded: it says what the tensor decodes to instead, since it is stored in another format.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     offset: int = 0
+    decoded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +107,20 @@ class Checkpoint:
         """Size of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors on disk."""
+        return self.nbytes
+
+    @property
+    def files(self) -> set[str]:
+        """All that was or will be read of it."""
+        return {"config.json", *(info.file for info in self.tensors.values())}
+
+    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> Fetched:
+        """Read a tensor, or part of one, now, and have it where it is needed later."""
+        return self.read(name, index).to
+
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
         """A tensor, or the part of it at index (numbers, then perhaps a slice), on the CPU, in memory of its own.
 
@@ -109,7 +130,9 @@ class Checkpoint:
         Raises:
             CheckpointError: the file cannot be read (then with an OSError as its cause), or is shorter than it was.
         """
-        info = self.tensors[name]
+        return self._read(name, self.tensors[name], index)
+
+    def _read(self, name: str, info: TensorInfo, index: tuple[int | slice, ...]) -> Tensor:
         path = self.directory / info.file
         start, shape = _part(info, index)
         try:

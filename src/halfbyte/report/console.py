@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,6 +17,8 @@ from ..checkpoint.manifest import format_to_json
 from ..checkpoint.options import Options
 from ..checkpoint.plan import Plan, Planned
 from ..formats import Format
+
+_LISTED = 4
 
 
 def size(count: float) -> str:
@@ -53,6 +57,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "layout": report.options.layout,
         "impl": report.impl,
         "source_bytes": report.source_bytes,
+        "source_encoding": None if report.encoded is None else asdict(report.encoded),
         "output_bytes": report.output_bytes,
         "bits_per_weight": report.bits_per_weight,
         "weights_quantized": len(report.weights),
@@ -87,6 +92,8 @@ def print_report(console: Console, report: Report) -> None:
     )
     searched = f"weights searched {report.searched} of {report.to_search}, " if report.to_search else ""
     console.print(f"{searched}unequal fused scales {report.unequal_fused_scales}")
+    for sentence in _source_sentences(report):
+        console.print(Text(sentence))
     kinds = Table("kind", "weights", "elements", "relative error", title="Error by kind", title_justify="left")
     for kind, weights in sorted(report.by_kind().items()):
         elements = sum(weight.elements for weight in weights)
@@ -102,9 +109,35 @@ def print_report(console: Console, report: Report) -> None:
     console.print(serve)
 
 
+def _source_sentences(report: Report) -> Iterator[str]:
+    """What became of a source that was quantized already."""
+    encoded = report.encoded
+    if encoded is None:
+        return
+    yield f"The source is {encoded.what}: {encoded.decoded} weights decoded"
+    if encoded.kept:
+        more = f" and {len(encoded.kept) - _LISTED} more" if len(encoded.kept) > _LISTED else ""
+        listed = ", ".join(encoded.kept[:_LISTED])
+        yield f"{len(encoded.kept)} of them stay unquantized, and are bfloat16 now: {listed}{more}"
+    for what, count in encoded.left_out.items():
+        means = "activations are scaled anew"
+        if what == "KV-cache scales":
+            none = report.options.kv_cache == "none"
+            means = "the KV cache is not quantized" if none else "scales of its own are written instead"
+        yield f"{count} {what} of the source left out: {means}"
+    if encoded.mxfp8:
+        lossy = encoded.mxfp8 - encoded.exact
+        why = f"; {lossy} had to be rounded, since their scales are no powers of two that MXFP8 has" if lossy else ""
+        yield f"{encoded.exact} of {encoded.mxfp8} became MXFP8 without loss: every value is the source's{why}"
+
+
 def _serve(report: Report) -> dict[str, str]:
     has_experts = any(".experts." in weight.name for weight in report.weights)
-    return serve_commands(report.output, report.options, {type(w.format) for w in report.weights}, has_experts)
+    formats = {type(weight.format) for weight in report.weights}
+    commands = serve_commands(report.output, report.options, formats, has_experts)
+    if report.model_type == "gpt_oss":  # engines read its experts stacked, with their biases, in MXFP4 or bfloat16
+        return {engine: command for engine, command in commands.items() if engine == "halfbyte"}
+    return commands
 
 
 def _options_json(options: Options) -> dict[str, Any]:
@@ -115,7 +148,11 @@ def _options_json(options: Options) -> dict[str, Any]:
 
 
 def _becomes(item: Planned) -> str:
-    return format_to_json(item.format)["name"] if item.format else item.dtype.lower()
+    return format_to_json(item.format)["name"] if item.format else item.kept_dtype.lower()
+
+
+def _why(item: Planned) -> str:
+    return item.decision.reason + ("; decoded" if item.decoded else "")
 
 
 def plan_json(plan: Plan, options: Options) -> dict[str, Any]:
@@ -128,6 +165,7 @@ def plan_json(plan: Plan, options: Options) -> dict[str, Any]:
             "becomes": _becomes(item),
             "reason": item.decision.reason,
             "source": item.source,
+            "decoded": item.decoded,
         }
         for item in plan
     ]
@@ -140,7 +178,7 @@ def print_plan(console: Console, plan: Plan, options: Options) -> None:
     for item in plan:
         becomes = Text(_becomes(item), style="green" if item.format else "dim")
         shape = "×".join(map(str, item.shape))
-        table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, Text(item.decision.reason))
-    totals = Counter((_becomes(item) if item.format else "kept", item.decision.reason) for item in plan)
+        table.add_row(Text(item.name.full, overflow="fold"), shape, becomes, Text(_why(item)))
+    totals = Counter((_becomes(item) if item.format else "kept", _why(item)) for item in plan)
     lines = [Text(f"{count:6}  {state}: {reason}") for (state, reason), count in totals.items()]
     console.print(Group(table, *lines, Text("Nothing was written.")))

@@ -1,0 +1,152 @@
+"""A quantized source, read as the high-precision model that it decodes to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...ops import blocks
+from ..config import without_quantization
+from ..files import read_json
+from ..plan import text_config
+from ..shards import DTYPES, Checkpoint, Fetched, TensorInfo
+from .declared import HF_QUANT_CONFIG, Declared, read_declared
+from .encodings import Stored, find_encoded
+
+
+def open_source(directory: Path, *, requantize: bool = False) -> Checkpoint:
+    """A model directory as something to quantize: as it is, or decoded where its config says that it is encoded.
+
+    requantize: take NVFP4 too, whose values were rounded to four bits before.
+
+    Raises:
+        CheckpointError: it cannot be read; it is encoded in a way that is not understood, or not as its config says;
+            it is NVFP4 already.
+    """
+    if not (directory / "config.json").is_file():
+        return Checkpoint(directory)  # which says what is wrong
+    declared = read_declared(directory, read_json(directory / "config.json"))
+    if declared is None:
+        return Checkpoint(directory)
+    if declared.is_nvfp4 and not requantize:
+        raise CheckpointError(
+            f"{directory}/config.json: the model is quantized already, to {declared.what}; convert the high-precision "
+            "original, or give --requantize to decode these four bits and round them once more"
+        )
+    return DecodedCheckpoint(directory, declared)
+
+
+class DecodedCheckpoint(Checkpoint):
+    """A Checkpoint whose tensors are what the stored ones decode to, under the names of the high-precision model.
+
+    Decoded weights are float32, or bfloat16 where that is exact. The config has no quantization any more.
+
+    Attributes:
+        declared: how its weights are stored.
+        left_out: number of tensors that the decoded model has no use for, by what they are.
+    """
+
+    def __init__(self, directory: Path, declared: Declared) -> None:
+        super().__init__(directory)
+        self.declared = declared
+        self._on_disk = self.tensors
+        found = find_encoded(declared, self._on_disk, text_config(self.config), directory)
+        self._stored = found.stored
+        self.left_out = dict(sorted(Counter(found.left_out.values()).items()))
+        gone = found.used | set(found.left_out)
+        plain = {name: info for name, info in self._on_disk.items() if name not in gone}
+        if twice := sorted(plain.keys() & self._stored):
+            raise CheckpointError(f"{directory}: {twice[0]} is there twice, encoded and not; remove one")
+        self.tensors = plain | {name: self._info(stored) for name, stored in self._stored.items()}
+        self.config = without_quantization(self.config)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors on disk."""
+        return sum(info.nbytes for info in self._on_disk.values())
+
+    @property
+    def files(self) -> set[str]:
+        """All that was or will be read of it."""
+        beside = {HF_QUANT_CONFIG} if (self.directory / HF_QUANT_CONFIG).exists() else set()
+        return {"config.json", *beside, *(info.file for info in self._on_disk.values())}
+
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+        """As `Checkpoint.read`; decoded."""
+        return self.fetch(name, index)("cpu") if name in self._stored else super().read(name, index)
+
+    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> Fetched:
+        """As `Checkpoint.fetch`; what is read is the encoded tensor, which is decoded where it is needed.
+
+        Raises:
+            CheckpointError: also where a scale is negative, infinite or NaN.
+        """
+        stored = self._stored.get(name)
+        if stored is None:
+            return super().fetch(name, index)
+        matrix = tuple(i for i in index if isinstance(i, int))
+        part = next((i for i in index if isinstance(i, slice)), slice(None))
+        if len(stored.shape) == 3 and not matrix:
+            each = [self._matrix(name, stored, (i,), slice(None)) for i in range(*part.indices(stored.shape[0]))]
+            return lambda device: torch.stack([decode(device) for decode in each])
+        return self._matrix(name, stored, (*stored.index, *matrix), part)
+
+    def _matrix(self, name: str, stored: Stored, matrix: tuple[int, ...], part: slice) -> Fetched:
+        """Rows of one matrix; what is read are whole blocks."""
+        count = stored.shape[len(stored.shape) - 2 if len(stored.shape) > 1 else 0]
+        start, stop, _ = part.indices(count)
+        if stored.scale is None:
+            return self._rows(stored, stored.elements, matrix, start, stop).to
+        height = stored.block[0] if stored.grid[0] > 1 else 1  # under a single row of blocks, any row is a beginning
+        first, last = start // height * height, min(-(-stop // height) * height, count)
+        elements = self._rows(stored, stored.elements, matrix, first, last)
+        elements = elements.flatten(1)  # gpt-oss's blocks are a dimension of their own
+        scale = self._scale(name, stored, matrix, first // height, -(-last // height))
+        dtype = DTYPES[self.tensors[name].dtype]
+
+        def decode(device: torch.device | str) -> Tensor:
+            values = blocks.decode(elements.to(device), scale.to(device), stored.block)
+            return values[start - first : stop - first].to(dtype)
+
+        return decode
+
+    def _rows(self, stored: Stored, tensor: str, matrix: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Rows of a stored tensor, counted as those of the decoded one."""
+        step = stored.step
+        read = self._read(tensor, self._on_disk[tensor], (*matrix, slice(start * step, stop * step)))
+        return read[stored.first :: step].contiguous()
+
+    def _scale(self, name: str, stored: Stored, matrix: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Rows of the block scales, float32 (rows, ⌈K/n⌉): what multiplies."""
+        assert stored.scale is not None
+        info = self._on_disk[stored.scale]
+        if stored.grid[0] == 1:
+            start, stop = 0, 1
+        if len(info.shape) == len(matrix) + 2 and info.shape[-2:] == stored.grid:
+            scale = self._rows(stored, stored.scale, matrix, start, stop)
+        else:
+            whole = self._read(stored.scale, info, ()).reshape(-1, *stored.grid)
+            scale = whole[matrix[0] if matrix else 0, start:stop]
+        values = [blocks.decode_scale(scale)]
+        if stored.tensor_scale is not None:
+            other = self._read(stored.tensor_scale, self._on_disk[stored.tensor_scale], ()).float().reshape(-1)
+            other = other[matrix[0] if matrix else 0]
+            values += [other, 1.0 / other if stored.divides else other]
+            values[0] = values[0] * values[2]
+        if not all(bool(((value >= 0) & (value < torch.inf)).all()) for value in values):
+            raise CheckpointError(
+                f"{self.directory / info.file}: tensor {stored.scale}: {name} has a scale that is negative, infinite "
+                "or NaN; download the model again"
+            )
+        return values[0]
+
+    def _info(self, stored: Stored) -> TensorInfo:
+        info = self._on_disk[stored.elements]
+        if stored.scale is None:
+            return TensorInfo(info.file, info.dtype, stored.shape)
+        is_mxfp4 = info.dtype == "U8" and stored.tensor_scale is None
+        return TensorInfo(info.file, "BF16" if is_mxfp4 else "F32", stored.shape, decoded=True)
