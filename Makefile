@@ -17,11 +17,13 @@ test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow" --ignore tests/kernels --ignore tests/numerics
 
-# Nearly all of it is compilation, so eight processes share it; without pytest-xdist leave -n and --dist out.
-# Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -n 8 -m gpu tests, python3 benchmarks.
+# Nearly all of it is compilation: about 20 minutes of one core, that as many processes share as there are cores. Tests
+# that need the same kernels go to one process (loadgroup; tests/conftest.py says which), and the longest come first.
+# Without pytest-xdist leave all that begins with -n, --dist and --no-loadscope out.
+# Where packages are installed already: PYTHONPATH=src python3 -m pytest with these arguments, and python3 benchmarks.
 test-gpu: $(READY)
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU")'
-	$(BIN)/python -m pytest -q -n 8 --dist worksteal -m gpu tests/kernels tests/calib tests/export tests/test_tensor_gpu.py
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 16 --dist loadgroup --no-loadscope-reorder -m "gpu or multigpu" tests
 
 bench: $(READY)
 	$(BIN)/python benchmarks --json

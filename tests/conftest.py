@@ -1,6 +1,7 @@
 """Fixtures for all tests: the golden vectors, and random numbers that every test has to itself."""
 
 import functools
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,29 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator seeded by the test's own node id: no test depends on another, or on the order."""
-    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    nodeid = request.node.nodeid.partition("@")[0]  # pytest-xdist appends the group
+    return torch.Generator().manual_seed(zlib.crc32(nodeid.encode()))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that none is left to one process while the others are done."""
-    items.sort(key=lambda item: "test_kernels_in_the_interpreter" not in item.nodeid)
+def pytest_configure() -> None:
+    """Several processes share the cores; each with threads for all of them, they would mostly wait for one another."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes, each of which imports torch
+
+
+LONGEST = ("test_kernels_in_the_interpreter", "tests/export/test_gpu", "test_triton_gptq", "test_triton_transposed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is left to one process while the others are done.
+
+    The kernels' tests of one function share kernels: under --dist loadgroup one process compiles them, once.
+    """
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("gpu") and item.nodeid.startswith("tests/kernels/"):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("[")[0]))

@@ -31,7 +31,7 @@ from .test_triton_kernels import (  # noqa: F401
     ids=str,
 )
 def test_transposed_with_rowwise(fmt: NVFP4, make: Callable[..., Tensor]) -> None:
-    for dtype in DTYPES:
+    for dtype in DTYPES if fmt == NVFP4() else (DTYPES[len(str(fmt)) % 3],):  # each is another kernel to compile
         for kind in ("randn", "nan", "finite"):
             if fmt.hadamard and kind != "randn":
                 continue
