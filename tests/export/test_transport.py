@@ -391,16 +391,12 @@ def test_the_order_of_an_engine() -> None:
 
 def test_writing_that_fails_serves_nothing() -> None:
     both = Both()
-    updates = next(iter(both.receiver._updates.values()))
-
-    def fail(tensors: Any) -> None:
-        raise RuntimeError("the device is gone")
-
-    good, updates[-1] = updates[-1], updates[-1]._replace(write=fail)
+    write = both.receiver._write[1]
+    write.copies.append(([torch.ones(1)], [torch.ones(2)]))
     for error in both.sync(2):
         true(isinstance(error, SyncError) and "the model must not serve until a full sync" in str(error), repr(error))
     equal(both.receiver.version, None)
-    updates[-1] = good
+    write.copies.pop()
     equal(both.sync(2), [None, 2], "a full sync")
     both.serves(2)
 

@@ -32,12 +32,14 @@ class Update(NamedTuple):
         elements: how many of it are written.
         sources: the tensors that it needs, by their names on the wire.
         write: does it, given those; shapes were checked before.
+        into: where the only source is copied to, if that is all.
     """
 
     name: str
     elements: int
     sources: tuple[str, ...]
     write: Callable[[Mapping[str, Tensor]], None]
+    into: Tensor | None = None
 
 
 class Targets:
@@ -95,7 +97,7 @@ class Targets:
                 raise SyncError(
                     f"{name}: the engine has {into.dtype} {list(into.shape)}, sent was {dtype} {list(shape)}"
                 )
-            yield Update(self._alias[name], into.numel(), (name,), _Copy(name, into))
+            yield Update(self._alias[name], into.numel(), (name,), _Copy(name, into), into)
 
     def _into_modules(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[Update]:
         for name, (dtype, shape) in shapes.items():
@@ -117,7 +119,7 @@ class Targets:
                     )
                 if into.dtype != dtype and not (into.dtype.is_floating_point and dtype.is_floating_point):
                     raise SyncError(f"{name}: is {dtype}, the model has {into.dtype}")
-                yield Update(place.name, into.numel(), (name,), _Copy(name, into))
+                yield Update(place.name, into.numel(), (name,), _Copy(name, into), into)
                 continue
             layout, fmt = ("compressed-tensors" if parameter == "weight_packed" else "modelopt"), NVFP4()
             if dtype == torch.float8_e4m3fn:
