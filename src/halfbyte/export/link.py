@@ -74,7 +74,10 @@ class Link:
             more = torch.zeros(size - (_PACKET - 8), dtype=torch.uint8)
             self._wait(lambda: self._control.broadcast(more, SENDER), "the sender's next message")
             text += more.numpy().tobytes()
-        message: dict[str, Any] = json.loads(text)
+        try:
+            message: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise self._fail(f"a message cannot be read: {error}") from error
         return message
 
     def agree(self, objection: str | None, what: str) -> None:

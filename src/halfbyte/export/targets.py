@@ -150,6 +150,8 @@ class Targets:
             tensor = self._tensors.get(stacked)
             if tensor is None or tensor.dim() != 3 or int(expert[2]) >= len(tensor):
                 continue
+            if f"{stacked}_bias" in self._tensors:
+                raise SyncError(f"{stacked}: experts with biases, transposed and interleaved, cannot be written to")
             half = tensor.shape[1] // 2
             rows = None if is_down else slice(half, None) if expert[3] in _UP else slice(0, half)
             return _Place(self._alias[stacked], tensor, int(expert[2]), rows)
