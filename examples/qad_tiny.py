@@ -29,7 +29,7 @@ from halfbyte.demo import DATA
 from halfbyte.nn import convert, distillation_loss
 from halfbyte.recipe import TrainingRecipe
 from halfbyte.recipe.training import DEFAULT_GRADIENTS
-from halfbyte.runtime import export
+from halfbyte.runtime import save_quantized
 
 PLAIN = TrainingRecipe()  # what the built-in recipe `nvfp4` quantizes
 RULES = ("amax", "four_over_six", "search")
@@ -194,7 +194,9 @@ def main() -> None:
     seconds = time.time() - began
     print(f"{count} windows, {seconds:.0f} s")
     if args.out:
-        written = export(student, args.model, args.out, recipe.options(), dtype=torch.bfloat16, device=args.device)
+        written = save_quantized(
+            student, args.model, args.out, recipe.options(), dtype=torch.bfloat16, device=args.device
+        )
         print(f"{args.out}: {written.bits_per_weight:.2f} bits per quantized weight")
     if args.json:
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
