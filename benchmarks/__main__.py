@@ -26,7 +26,10 @@ from registry import LARGE, Call, Case, Shape, Table, judge
 
 ROOT = Path(__file__).parents[1]
 OVERHEAD_GOAL = 40.0  # microseconds of Python in a call
-PACKAGES = ("torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors")
+PACKAGES = (
+    "torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors", "transformers",
+    "humming-kernels",
+)  # fmt: skip
 
 
 def build(table: Table, cases: list[Case], shapes: list[Shape], alternatives: bool) -> dict[tuple[str, Shape], Call]:
