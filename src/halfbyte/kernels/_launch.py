@@ -26,6 +26,7 @@ def launch(
     words: tuple[Any, ...] = (),
     *,
     num_warps: int = 4,
+    num_stages: int = 3,
     maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
@@ -46,12 +47,13 @@ def launch(
         together |= pointer
     aligned = together % 16 == 0 or tuple(pointer % 16 == 0 for pointer in pointers)  # all are, nearly always
     key = (
-        id(kernel), device, num_warps, maxnreg, aligned, numbers, *constants.values(), *[t.dtype for t in tensors]
+        id(kernel), device, num_warps, num_stages, maxnreg, aligned, numbers, *constants.values(),
+        *[t.dtype for t in tensors],
     )  # fmt: skip
     grid = (programs, 1, 1) if isinstance(programs, int) else programs
     found = _COMPILED.get(key)
     if found is None or device != torch.cuda.current_device():
-        _first(key, kernel, grid, tensors, (*numbers, *words), num_warps, maxnreg, constants)
+        _first(key, kernel, grid, tensors, (*numbers, *words), num_warps, num_stages, maxnreg, constants)
     else:
         run, function, metadata, last = found
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -65,6 +67,7 @@ def _first(
     tensors: tuple[Tensor, ...],
     numbers: tuple[Any, ...],
     num_warps: int,
+    num_stages: int,
     maxnreg: int | None,
     constants: dict[str, Any],
 ) -> None:
@@ -72,8 +75,9 @@ def _first(
     given = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in tensors]
     with torch.cuda.device(tensors[0].device):
         compiled = kernel[grid](
-            *given, *numbers, **constants, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=False
-        )
+            *given, *numbers, **constants, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     if len(_COMPILED) >= _MOST:
         _COMPILED.clear()
     last = tuple(constants[name] for name in kernel.arg_names[len(given) + len(numbers) :])

@@ -84,7 +84,9 @@ class GroupedFunction(torch.autograd.Function):
         if values.dtype != weights.dtype:
             dtype = torch.promote_types(values.dtype, weights.dtype)
             values, weights = values.to(dtype), weights.to(dtype)
-        return scaled_grouped_matmul(values, weights, offsets, a.scale, b.scale, out_dtype=x.dtype)
+        return scaled_grouped_matmul(
+            values, weights, offsets, a.scale, b.scale, out_dtype=x.dtype, batch_invariant=layer.batch_invariant
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -143,7 +145,9 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         ctx.save_for_backward(*columns, *of_weight, offsets)
         ctx.main_grad, ctx.state = main_grad, state  # not saved: both are written to, between forward and backward too
         ctx.layer, ctx.groups, ctx.weight_dtype = layer, groups, weight.dtype
-        return scaled_grouped_matmul(a.values, b.values, offsets, a.scale, b.scale, out_dtype=x.dtype)
+        return scaled_grouped_matmul(
+            a.values, b.values, offsets, a.scale, b.scale, out_dtype=x.dtype, batch_invariant=layer.batch_invariant
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
