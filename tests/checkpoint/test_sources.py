@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfbyte import MXFP8, CheckpointError, Policy
+from halfbyte import MXFP8, NVFP4, CheckpointError, Policy
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.dequantize import dequantize
 from halfbyte.checkpoint.options import Options
@@ -343,3 +343,29 @@ def test_command_line(tmp_path: Path) -> None:
     report = parsed("convert", oss, tmp_path / "oss-nvfp4")
     equal(set(report["serve"]), {"halfbyte"})
     equal(report["source_bytes"], sum(t.nbytes for t in models.read_all(oss).values()))
+
+
+def test_calibrates_as_what_it_decodes_to(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from halfbyte.calib.calibrate import calibrate
+    from halfbyte.calib.data import Windows
+    from halfbyte.calib.options import Calibration
+
+    source = encoded.fp8(models.dense(1), {"quant_method": "fp8", "weight_block_size": [48, 40]}, (48, 40))
+    ids = torch.randint(models.VOCAB, (16, 16), generator=torch.Generator().manual_seed(0))
+    options = Options(format=NVFP4(scale_rule="search"), kv_cache="fp8_calibrated")
+    for model, out in ((source.model, "out"), (source.high_precision, "wanted")):
+        directory = model.save(tmp_path / f"source of {out}")
+        calibrate(directory, tmp_path / out, options, Calibration(), Windows(ids, "random"))
+    equal(files(tmp_path / "out"), files(tmp_path / "wanted"))
+    equal(findings(tmp_path / "out", tmp_path / "source of out"), [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["DeepSeek", "gpt-oss", "compressed-tensors NVFP4"])
+def test_the_same_bytes_decoded_on_a_gpu(tmp_path: Path, name: str) -> None:
+    source = SOURCES[name]().model.save(tmp_path / "source")
+    for device in ("cpu", "cuda"):
+        convert(source, tmp_path / device, Options(format=MXFP8()), device=device, requantize=True)
+    equal(files(tmp_path / "cuda"), files(tmp_path / "cpu"))

@@ -156,8 +156,7 @@ def test_refuses_what_is_not_quantized(tmp_path: Path) -> None:
     source, out = made(tmp_path, models.dense(layers=1))
     with pytest.raises(CheckpointError, match="no weight is quantized as NVFP4 or MXFP8"):
         inspect(source)
-    with pytest.raises(CheckpointError, match="give the high-precision original"):
-        inspect(out, out)
+    equal({weight.squared_error for weight in inspect(out, out).weights}, {0.0})  # a source is what it decodes to
     other = models.dense(layers=1).without(f"{L0}.mlp.down_proj.weight").save(tmp_path / "other")
     said = {remark.where: remark.what for remark in inspect(out, other).remarks}
     equal(said[f"{L0}.mlp.down_proj.weight"], "is not in the source")

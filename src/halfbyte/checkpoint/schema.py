@@ -81,7 +81,8 @@ STACKED_EXPERTS = frozenset(
     }
 )
 """Families whose stacked experts are `experts.gate_up_proj` [E, 2I, H], gate rows first, and `experts.down_proj`
-[E, H, I]. Others (gpt_oss: transposed and interleaved; llama4, qwen3_vl_moe: transposed) are not read."""
+[E, H, I]. Others (gpt_oss in high precision: transposed and interleaved; llama4, qwen3_vl_moe: transposed) are not
+read."""
 
 
 def weight_entries(
