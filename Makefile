@@ -13,9 +13,12 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/halfbyte demo
 
+# Then under python -O, which drops assert statements: whatever is refused must be refused without them, and the main job
+# must run.
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow" --ignore tests/kernels --ignore tests/numerics
+	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "refusal and not slow" tests
+	$(BIN)/python -O -m pytest -n 2 --dist worksteal -q -m "not slow" tests/test_cli.py tests/test_demo.py tests/checkpoint/test_convert.py
 
 # Nearly all of it is compilation: about 20 minutes of one core, that as many processes share as there are cores. Tests
 # that need the same kernels go to one process (loadgroup; tests/conftest.py says which), and the longest come first.

@@ -1,6 +1,7 @@
 """Fixtures for all tests: the golden vectors, and random numbers that every test has to itself."""
 
 import functools
+import inspect
 import os
 import zlib
 from collections.abc import Callable
@@ -42,7 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The longest tests first, so that none is left to one process while the others are done.
 
     The kernels' tests of one function share kernels: under --dist loadgroup one process compiles them, once.
+    A test that expects an error is marked, for the run without assert statements.
     """
+    expects_error = functools.cache(lambda function: "raises(" in inspect.getsource(function))
+    for item in items:
+        if isinstance(item, pytest.Function) and expects_error(item.function):
+            item.add_marker(pytest.mark.refusal)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:

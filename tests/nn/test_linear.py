@@ -98,6 +98,19 @@ def exact(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> t
     return alpha * (a[0].double() @ b[0].double().mT), alpha.abs() * (a[0].double().abs() @ b[0].double().abs().mT)
 
 
+def quantized_backward(recipe: LayerRecipe, x: Tensor, w: Tensor, dy: Tensor, seed: int) -> tuple[Any, Any]:
+    """What dgrad and wgrad of the first backward pass multiply: two operands each, as `seen` gives them."""
+    # Tokens are filled up with zeros to whole blocks.
+    xs, dys = (nn.functional.pad(t, (0, 0, 0, -len(t) % recipe.token_block)) for t in (x, dy))
+    random, transposed_random = words(new_state(seed)) if recipe.stochastic else (None, None)
+    square = isinstance(recipe.weights, hb.NVFP4) and recipe.weights.block == (16, 16)
+    values, scale = seen(w, recipe.weights)
+    wt = (values.mT, scale) if square else seen(w.mT.contiguous(), recipe.weights)
+    gt = seen(dys.mT.contiguous(), recipe.wgrad_gradients, transposed_random)
+    xt = seen(xs.mT.contiguous(), recipe.wgrad_activations)
+    return (seen(dys, recipe.gradients, random), wt), (gt, xt)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("name", RECIPES)
 def test_forward_is_the_reference_quantizer_and_a_float64_matmul(rng, name: str, dtype: torch.dtype) -> None:
@@ -120,20 +133,13 @@ def test_gradients_are_the_formula(rng, name: str, dtype: torch.dtype, tokens: i
     recipe = RECIPES[name]
     x, w, bias, dy = data(rng, dtype, tokens)
     layer = layer_of(recipe, w, bias, seed=2**64 - 3)
-    random, transposed_random = words(new_state(2**64 - 3))
     _, dx, dw = run(layer, x, dy)
     if recipe.backward == "quantized":
-        # Tokens are filled up with zeros to whole blocks.
-        xs, dys = (nn.functional.pad(t, (0, 0, 0, -tokens % recipe.token_block)) for t in (x, dy))
-        stochastic = recipe.stochastic
-        g, g_scale = seen(dys, recipe.gradients, random if stochastic else None)
-        square = isinstance(recipe.weights, hb.NVFP4) and recipe.weights.block == (16, 16)
-        values, scale = seen(w, recipe.weights)
-        wt, wt_scale = (values.mT, scale) if square else seen(w.mT.contiguous(), recipe.weights)
+        ((g, g_scale), (wt, wt_scale)), ((gt, gt_scale), (xt, xt_scale)) = quantized_backward(
+            recipe, x, w, dy, 2**64 - 3
+        )
         wanted_dx = scaled_matmul(g, wt, g_scale, wt_scale, out_dtype=dtype)[:tokens]
-        gt = seen(dys.mT.contiguous(), recipe.wgrad_gradients, transposed_random if stochastic else None)
-        xt = seen(xs.mT.contiguous(), recipe.wgrad_activations)
-        wanted_dw = scaled_matmul(gt[0], xt[0], gt[1], xt[1], out_dtype=dtype)
+        wanted_dw = scaled_matmul(gt, xt, gt_scale, xt_scale, out_dtype=dtype)
     else:
         original = recipe.backward == "high_precision"
         wanted_dx = dy @ (w if original else decoded(w, recipe.weights, dtype))
