@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from provenance import provenance
 from registry import LARGE, Call, Case, Shape, Table, judge
 
 ROOT = Path(__file__).parents[1]
 OVERHEAD_GOAL = 40.0  # microseconds of Python in a call
-PACKAGES = ("torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors")
 
 
 def build(table: Table, cases: list[Case], shapes: list[Shape], alternatives: bool) -> dict[tuple[str, Shape], Call]:
@@ -64,27 +61,6 @@ def overhead(calls: Mapping[str, Call]) -> dict[str, float]:
     return results
 
 
-def provenance(commit: str | None) -> dict[str, object]:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    changed = bool(git("status", "--porcelain", "--", ":/src", ":/benchmarks"))
-    return {
-        "commit": commit or git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": None if commit else changed,
-        "versions": versions,
-    }
-
-
 def spell(shape: Shape) -> str:
     return "×".join(map(str, shape))
 
@@ -117,7 +93,8 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--json", nargs="?", type=Path, const=Path(), help="write a file; benchmarks/results/ if none")
     options = parser.parse_args()
-    if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if cuda:
         from gpu import table as make_table
     else:
         from cpu import table as make_table
@@ -135,8 +112,7 @@ def main() -> None:
     times = table.medians({"copy": copy, **calls})
     bandwidth = size / times["copy"]
     result = {
-        **provenance(options.commit),
-        "hardware": table.hardware,
+        **provenance("cuda" if cuda else "cpu", options.commit),
         "note": options.note,
         "copy_bytes_per_second": bandwidth,
         "gate_elements": compared,
