@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import platform
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,14 +173,6 @@ def medians(calls: Mapping[Any, Call], rounds: int = 15, seconds: float = 10.0) 
     return {name: statistics.median(t[1:]) for name, t in times.items()}  # the first one warms up
 
 
-def hardware() -> dict[str, object]:
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "threads": torch.get_num_threads()}
-
-
 def table() -> Table:
     source = torch.ones(1 << 26, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -190,7 +180,6 @@ def table() -> Table:
     amax, q = x.abs().amax().float(), hb.quantize(x, PLAIN)
     return Table(
         name="cpu",
-        hardware=hardware(),
         cases=cases(),
         shapes=SHAPES,
         gate=gate,

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import halfbyte
 from halfbyte.calib.calibrate import calibrate, model_windows
 from halfbyte.calib.options import Calibration
 from halfbyte.checkpoint.convert import Report, convert
@@ -40,6 +39,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.evaluate import WINDOW, windows
 from halfbyte.recipe import Recipe, builtin_recipes
 from halfbyte.runtime import load
+from provenance import provenance
 
 TEXT = Path(str(files("halfbyte"))) / "data" / "text"
 PLAIN = {"none": "nvfp4-w4a16", "row": "nvfp4-w4a16", "stored": "nvfp4"}  # activations → whose gap is to be closed
@@ -215,28 +215,31 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity against bits per weight, one mark for each recipe and treatment of activations."""
+    """Perplexity of each recipe, in a line of its own, ordered by bits per weight, which most recipes share."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    best: dict[str, tuple[float, float]] = {}  # recipe → bits, least perplexity
+    for row in rows[1:]:
+        best[row.recipe] = row.bits_per_weight, min(row.perplexity, best.get(row.recipe, (0.0, math.inf))[1])
+    lines = {recipe: i for i, recipe in enumerate(sorted(best, key=best.__getitem__))}
+    figure, axes = pyplot.subplots(figsize=(8, 1.8 + 0.3 * len(lines)))
     for activations, (label, marker) in LABELS.items():
         chosen = [row for row in rows[1:] if row.activations == activations]
         axes.scatter(
-            [row.bits_per_weight for row in chosen], [row.perplexity for row in chosen], marker=marker, label=label
+            [row.perplexity for row in chosen], [lines[row.recipe] for row in chosen], marker=marker, label=label
         )
-        for row in chosen:
-            axes.annotate(
-                row.recipe, (row.bits_per_weight, row.perplexity), fontsize=7, xytext=(4, 2), textcoords="offset points"
-            )
-    axes.axhline(rows[0].perplexity, linestyle="--", color="gray", label="high precision")
-    axes.set_xlabel("bits per quantized weight")
-    axes.set_ylabel("perplexity")
-    axes.legend()
-    figure.tight_layout()
+    axes.axvline(rows[0].perplexity, linestyle="--", color="gray", label="high precision")
+    axes.set_yticks(range(len(lines)), [f"{recipe}, {best[recipe][0]:.2f} bits" for recipe in lines], fontsize=8)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("perplexity")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -252,6 +255,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="windows at once; default: 8 on a GPU, else 1")
     parser.add_argument("--samples", type=int, default=64, help="of calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -263,10 +267,13 @@ def main() -> None:
     rows = with_gaps(rows)
     print(f"\n{rows[0].tokens} tokens\n{HEADER}", *rows, sep="\n")
     if options.json:
-        device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-        about = {"model": options.model.name, "device": device, "halfbyte": halfbyte.__version__}
-        about |= {"torch": torch.__version__, "texts": options.texts, "windows": options.windows}
-        about |= {"samples": options.samples, "length": options.length}
+        about = {"model": options.model.name, **provenance(options.device, options.commit)}
+        about |= {
+            "texts": options.texts,
+            "windows": options.windows,
+            "samples": options.samples,
+            "length": options.length,
+        }
         options.json.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     if options.plot:
         plot(rows, options.plot)

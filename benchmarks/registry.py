@@ -39,7 +39,6 @@ class Table:
     """All cases of a kind of device, and how it is measured."""
 
     name: str  # of the file with its results
-    hardware: Mapping[str, object]
     cases: list[Case]
     shapes: list[Shape]
     gate: Callable[[bool], int]  # (full?) → elements compared; raises SystemExit where a byte differs

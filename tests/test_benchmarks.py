@@ -53,6 +53,8 @@ def test_training(tmp_path: Path) -> None:
     true("the gate: forward and gradients are the formulas'" in done.stdout, done.stdout)
     result = json.loads(file.read_text())
     equal(set(result["linear"]["milliseconds"]), {"bf16", "high_precision", "dequantized", "quantized"})
+    true({"commit", "uncommitted_changes"} <= set(result) and "cpu" in result["hardware"], "where it comes from")
+    true({"python", "torch", "transformers"} <= set(result["versions"]), "versions")
     true(result["saved_activations_of_bf16"]["dequantized"] <= 0.32, "4 bytes per row beside 64 columns")
 
 

@@ -1,6 +1,7 @@
 """Windows of tokens from text, jsonl and chats; and everything that is refused."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import halfbyte
 from halfbyte import CheckpointError, UnsupportedError
 from halfbyte.calib.data import load_windows, shipped
 
-from ..check import equal, true
+from ..check import equal, same_bits, true
 
 
 class Letters:
@@ -88,17 +89,29 @@ def test_more_bad_data(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(UnsupportedError, match="pyarrow"):
-            load_windows(path, Letters(), 128)
-        return
-    parquet.write_table(pyarrow.table({"text": ["abcd", "efgh"]}), path)
+    import pyarrow
+    from pyarrow import parquet
+
+    path, lines = tmp_path / "a.parquet", tmp_path / "a.jsonl"
+    parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["abcd", "efgh"]}), path, row_group_size=1)
     equal(load_windows(path, Letters(), 128, 1, 9).ids[0, 1:].tolist(), [ord(c) for c in "abcdefgh"])
+    talks = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer"}] for i in (1, 2)]
+    parquet.write_table(pyarrow.table({"messages": talks}), path, compression="zstd")
+    lines.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    same_bits(load_windows(path, Letters(), 128, 2, 9).ids, load_windows(lines, Letters(), 128, 2, 9).ids)
+    parquet.write_table(pyarrow.table({"text": ["abcd", None]}), path)
+    with pytest.raises(CheckpointError, match=r"a.parquet, row 2"):
+        load_windows(path, Letters(), 128)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="not readable as parquet"):
+        load_windows(path, Letters(), 128)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UnsupportedError, match="pip install pyarrow, or give jsonl"):
+        load_windows(tmp_path / "a.parquet", Letters(), 128)
 
 
 def test_the_shipped_set_is_not_what_is_evaluated() -> None:

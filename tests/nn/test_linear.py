@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.memory import saved_bytes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -157,22 +158,6 @@ def test_gradients_of_a_quantized_backward_are_near_the_true_ones(rng) -> None:
         for what, got, wanted in (("dx", dx, dy @ w), ("dw", dw, dy.mT @ x)):
             error = float((got - wanted).norm() / wanted.norm())
             true(error < 0.25, f"{name}: {what} is off by {error:.3f}")
-
-
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """What autograd keeps, parameters and what they share memory with left out; each storage counted once."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(kept.values())
 
 
 def test_saved_bytes(rng) -> None:
