@@ -124,6 +124,9 @@ class PreparedExport:
     def __init__(self, exporter: Exporter, named: Iterable[Named], *, keep: bool = False) -> None:
         self._exporter, self._named, self._keep = exporter, list(named), keep
         self._stream: Any = None
+        self._drafts: list[_Draft] = []
+        self._buffers: list[Tensor] = []
+        self.buckets: list[FlatBucket] = []
         self._make()
 
     @property
@@ -223,7 +226,8 @@ class PreparedExport:
         if len(devices) != 1:
             raise CheckpointError(f"parameters on {sorted(map(str, devices))}: an export is prepared for one device")
         (self._device,) = devices
-        self._drafts, self._buffers = self._collect(), []  # the old buffers go first
+        self._drafts, self._buffers, self.buckets = [], [], []  # the old memory goes first
+        self._drafts = self._collect()
         for draft in self._drafts:
             self._lay_out(draft)
         maxima = 0
@@ -235,7 +239,6 @@ class PreparedExport:
         sizes = [draft.end + SEAL_BYTES for draft in self._drafts]
         wanted = sizes if self._keep else [max(sizes[i::2]) for i in range(min(2, len(sizes)))]
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=self._device) for size in wanted]
-        self.buckets: list[FlatBucket] = []
         for i, (draft, size) in enumerate(zip(self._drafts, sizes, strict=True)):
             flat = self._buffers[i % len(self._buffers)][:size]
             self._bind(draft, flat)
