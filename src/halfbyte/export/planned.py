@@ -5,9 +5,9 @@ byte. Kernels write there; nothing is copied but what stays in high precision. E
 parameters are where they were, and plans anew if not.
 
 Memory, besides the tables (a byte for about 4,000 weights): two buckets, of which one is filled while the other is
-sent, so that a bucket's bytes last until the one after the next is asked for. An engine that reads a sync's buckets
-only at its end, as those with IPC handles may, needs keep=True: each bucket then has memory of its own, as much as the
-quantized model in all, at the same addresses every time.
+sent, so that a bucket's bytes last until the next one is asked for. An engine that reads a sync's buckets only at its
+end, as those with IPC handles may, needs keep=True: each bucket then has memory of its own, as much as the quantized
+model in all, at the same addresses every time.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class PreparedExport:
         """All buckets, of the parameters as they are now; the same objects every time.
 
         On a GPU the next bucket is quantized on a stream of its own while this one is used. What is done with a bucket
-        must be on the current stream, or have been waited for by it, when the next one is asked for.
+        must be on the current stream, or have been waited for by it, when the next one is asked for: its memory is
+        filled anew then, unless the export was prepared with keep.
 
         Raises:
             CheckpointError: a weight contains NaN or inf, which is seen at the end; or, planning anew, as `export`.
