@@ -12,7 +12,6 @@ from halfbyte import MXFP8, NVFP4, CheckpointError
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.weights import amaxes
 from halfbyte.export import Exporter, Piece, Placement, flatten, headers, merge, unflatten
-from halfbyte.export.pieces import same_bytes
 from halfbyte.export.shards import to_megatron
 from halfbyte.ops import prepared as prepared_ops
 from halfbyte.ops.prepared import Into, places, prepare_many
@@ -89,11 +88,6 @@ def test_memory() -> None:
     at_the_end = list(kept.export())
     same({name: tensor for bucket in at_the_end for name, tensor in bucket.tensors.items()}, wanted)
     true(kept.nbytes <= kept.buffer_bytes <= kept.nbytes + 16 * len(at_the_end), f"{kept.buffer_bytes}")
-    before = None
-    for bucket in two.export():  # a bucket lasts until the one after the next is asked for
-        if before is not None:
-            true(all(same_bytes(tensor, wanted[name]) for name, tensor in before.items()), "a bucket did not last")
-        before = bucket.tensors
 
 
 def test_parameters_that_moved() -> None:

@@ -15,7 +15,7 @@ import halfbyte
 from halfbyte import MXFP8, CheckpointError, SyncError
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
-from halfbyte.export import Exporter, Receiver, Sender, connect, headers, make_delta, update_engine
+from halfbyte.export import Exporter, Receiver, Sender, connect, headers, in_buckets, make_delta, update_engine
 from halfbyte.export.layout import Layout, place, salt_of
 from halfbyte.export.targets import Targets
 
@@ -79,6 +79,8 @@ def test_an_engines_tensors(options: dict[str, Any]) -> None:
         parameters[name].copy_(tensor)
     equal(both.sync(4, lambda: both.sender.send(prepared.export(), 4)), [None, 4])
     both.serves(4)
+    equal(both.sync(5, lambda: both.sender.send(in_buckets(exported(5, **options)), 5)), [None, 5])
+    both.serves(5)
 
 
 @pytest.mark.parametrize("options", [{"activations": "constant"}, {"format": MXFP8()}], ids=["nvfp4", "mxfp8"])

@@ -15,7 +15,7 @@ from .pieces import Piece, merge
 from .placement import Placement
 from .planned import FlatBucket, PreparedExport
 from .receiver import Receiver
-from .transport import Sender
+from .transport import Sender, in_buckets
 
 __all__ = [
     "Bucket",
@@ -37,6 +37,7 @@ __all__ = [
     "flatten",
     "global_name",
     "headers",
+    "in_buckets",
     "make_delta",
     "merge",
     "metadata",

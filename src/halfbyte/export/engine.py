@@ -35,7 +35,7 @@ class Engine(Serving, Protocol):
         """Make ready for weights in their layout on disk."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a bucket. Its memory lasts until the next but one; until `finish_update` if it was made with keep."""
+        """Take a bucket. A prepared one's memory lasts until this returns; to the end if it was prepared with keep."""
 
     def finish_update(self) -> None:
         """All buckets are there: bring the weights into the layout that kernels want, at unchanged addresses."""

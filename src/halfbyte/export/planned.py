@@ -5,9 +5,9 @@ byte. Kernels write there; nothing is copied but what stays in high precision. E
 parameters are where they were, and plans anew if not.
 
 Memory, besides the tables (a byte for about 4,000 weights): two buckets, of which one is filled while the other is
-sent, so that a bucket's bytes last until the one after the next is asked for. An engine that reads a sync's buckets
-only at its end, as those with IPC handles may, needs keep=True: each bucket then has memory of its own, as much as the
-quantized model in all, at the same addresses every time.
+sent, so that a bucket's bytes last until the next one is asked for. An engine that reads a sync's buckets only at its
+end, as those with IPC handles may, needs keep=True: each bucket then has memory of its own, as much as the quantized
+model in all, at the same addresses every time.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ class PreparedExport:
     def __init__(self, exporter: Exporter, named: Iterable[Named], *, keep: bool = False) -> None:
         self._exporter, self._named, self._keep = exporter, list(named), keep
         self._stream: Any = None
+        self._drafts: list[_Draft] = []
+        self._buffers: list[Tensor] = []
+        self.buckets: list[FlatBucket] = []
         self._make()
 
     @property
@@ -140,7 +143,8 @@ class PreparedExport:
         """All buckets, of the parameters as they are now; the same objects every time.
 
         On a GPU the next bucket is quantized on a stream of its own while this one is used. What is done with a bucket
-        must be on the current stream, or have been waited for by it, when the next one is asked for.
+        must be on the current stream, or have been waited for by it, when the next one is asked for: its memory is
+        filled anew then, unless the export was prepared with keep.
 
         Raises:
             CheckpointError: a weight contains NaN or inf, which is seen at the end; or, planning anew, as `export`.
@@ -223,7 +227,8 @@ class PreparedExport:
         if len(devices) != 1:
             raise CheckpointError(f"parameters on {sorted(map(str, devices))}: an export is prepared for one device")
         (self._device,) = devices
-        self._drafts, self._buffers = self._collect(), []  # the old buffers go first
+        self._drafts, self._buffers, self.buckets = [], [], []  # the old memory goes first
+        self._drafts = self._collect()
         for draft in self._drafts:
             self._lay_out(draft)
         maxima = 0
@@ -235,7 +240,6 @@ class PreparedExport:
         sizes = [draft.end + SEAL_BYTES for draft in self._drafts]
         wanted = sizes if self._keep else [max(sizes[i::2]) for i in range(min(2, len(sizes)))]
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=self._device) for size in wanted]
-        self.buckets: list[FlatBucket] = []
         for i, (draft, size) in enumerate(zip(self._drafts, sizes, strict=True)):
             flat = self._buffers[i % len(self._buffers)][:size]
             self._bind(draft, flat)

@@ -110,6 +110,8 @@ class Receiver:
                 write = _Write(self._targets.updates(_shapes(changed), False), changed)
         except (SyncError, CheckpointError) as error:
             problem = str(error)
+        except (KeyError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
         link.agree(problem and f"{problem}; version {self.version} serves on", "whether everything arrived")
         if delta is None:
             self._staged = layouts

@@ -7,7 +7,7 @@ all of them arrived; all take over, or none does.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import SyncError
 from .delta import Delta
 from .exporter import BUCKET_BYTES, Bucket
-from .layout import SEAL_BYTES, Layout, pack, place, salt_of, seal
+from .layout import SEAL_BYTES, Layout, named, pack, place, salt_of, seal
 from .link import SENDER, Link
 from .pieces import Piece
 from .planned import FlatBucket
@@ -41,7 +41,8 @@ class Sender:
         """Send all of a model's weights.
 
         Args:
-            buckets: of `Exporter.export`, in which this rank has the whole of each tensor; or `PreparedExport.export`.
+            buckets: of `Exporter.export`, in which this rank has the whole of each tensor, of `PreparedExport.export`,
+                or `in_buckets`.
             version: of these weights, newer than the receivers'.
 
         Raises:
@@ -117,8 +118,12 @@ class Sender:
         return layout, self._flat[:size]
 
 
-def _buckets(pieces: list[Piece]) -> Iterable[Bucket | FlatBucket]:
-    """Pieces in buckets of about the usual size."""
+def in_buckets(tensors: Mapping[str, Tensor]) -> Iterator[Bucket]:
+    """Tensors that are there already, such as those of `merge`, in buckets of about the usual size, in their order."""
+    return _buckets(named(tensors))
+
+
+def _buckets(pieces: list[Piece]) -> Iterator[Bucket]:
     index, some, size = itertools.count(), [], 0
     for piece in pieces:
         some.append(piece)
