@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import halfbyte as hb
 from halfbyte import ops, runtime
+from halfbyte.checkpoint.dequantize import read_weight
+from halfbyte.checkpoint.verify import open_quantized
 from halfbyte.invariant import batch_invariant
 from halfbyte.nn import convert
 from halfbyte.ops import invariant
@@ -108,10 +110,10 @@ def decode(model: Any, ids: Tensor) -> Tensor:
 
 def other_engine(model: Any, path: Path, layer_class: Any) -> None:
     """The checkpoint's Linears as humming's, in place."""
-    contents = runtime.open_quantized(path)
+    contents = open_quantized(path)
     modules = dict(model.named_modules())
     for name in contents.quantized:
-        q = runtime.read_weight(contents, name.module, "cuda")
+        q = read_weight(contents, name.module, "cuda")
         owner, _, leaf = name.module.rpartition(".")
         setattr(modules[owner], leaf, humming_layer(layer_class, q))
 
