@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import halfbyte as hb
 from halfbyte import ops, runtime
+from halfbyte.checkpoint.dequantize import read_weight
+from halfbyte.checkpoint.verify import open_quantized
 from halfbyte.invariant import batch_invariant
 from halfbyte.nn import convert
 from halfbyte.ops import invariant
 from halfbyte.recipe import TrainingRecipe
+from provenance import provenance
 
 DATA = Path(hb.__file__).parent / "data"
 ROW, PLAIN = hb.NVFP4(scaling="row"), hb.NVFP4()
@@ -42,14 +44,39 @@ ROWS = (1, 16, 256, 4096)
 EXPERTS = (128, 1536, 2048)
 
 
-def humming() -> Any:
-    """The layer of humming-kernels, or None with a message."""
-    try:
+class Humming(nn.Module):
+    """A Linear of humming-kernels' W4A16, from bytes as a ModelOpt checkpoint has them."""
+
+    def __init__(self, q: hb.QuantizedTensor, batch_invariant: bool = False) -> None:
         from humming.layer import HummingLayer
-    except ImportError as error:
-        print(f"without humming-kernels: {error}")
-        return None
-    return HummingLayer
+
+        super().__init__()
+        n, k = q.shape
+        config = {"quant_method": "modelopt", "quant_algo": "nvfp4"}
+        self.layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16).cuda()
+        self.layer.load_from_tensors(
+            {"weight": q.packed, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale.reshape(1)}
+        )
+        self.layer.transform()
+        self.options = {"compute_config": {"use_batch_invariant": True}} if batch_invariant else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.reshape(-1, x.shape[-1]), **self.options)
+        return y.view(*x.shape[:-1], -1)
+
+
+def humming() -> str | None:
+    """Why humming-kernels is left out, or None."""
+    try:
+        q = hb.quantize(torch.randn(1024, 1024, device="cuda"), PLAIN)
+        x = torch.randn(16, 1024, device="cuda").bfloat16()
+        exact = x.double() @ q.dequantize(torch.float32).double().mT
+        error = float((Humming(q)(x).double() - exact).norm() / exact.norm())
+    except ImportError as missing:
+        return f"not installed: {missing}"
+    except Exception as failure:  # it compiles kernels as it goes, with a compiler that may be missing
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    return None if error < 0.01 else f"its product is off by {error:.1%}"
 
 
 # --- gate -----------------------------------------------------------------------------------------------------------
@@ -106,24 +133,13 @@ def decode(model: Any, ids: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def other_engine(model: Any, path: Path, layer_class: Any) -> None:
+def other_engine(model: Any, path: Path) -> None:
     """The checkpoint's Linears as humming's, in place."""
-    contents = runtime.open_quantized(path)
+    contents = open_quantized(path)
     modules = dict(model.named_modules())
     for name in contents.quantized:
-        q = runtime.read_weight(contents, name.module, "cuda")
         owner, _, leaf = name.module.rpartition(".")
-        setattr(modules[owner], leaf, humming_layer(layer_class, q))
-
-
-def humming_layer(layer_class: Any, q: hb.QuantizedTensor) -> nn.Module:
-    n, k = q.shape
-    config = {"quant_method": "modelopt", "quant_algo": "nvfp4"}
-    layer = layer_class(shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16).cuda()
-    parts = {"weight": q.packed, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale.reshape(1)}
-    layer.load_from_tensors(parts)
-    layer.transform()
-    return layer
+        setattr(modules[owner], leaf, Humming(read_weight(contents, name.module, "cuda")))
 
 
 def difference(a: Tensor, b: Tensor) -> dict[str, float]:
@@ -131,7 +147,7 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     return {"mean": float(distance.mean()), "max": float(distance.max())}
 
 
-def compare(name: str, source: Path, ids: Tensor, device: str, layer_class: Any) -> dict[str, dict[str, float]]:
+def compare(name: str, source: Path, ids: Tensor, device: str, engine: bool) -> dict[str, dict[str, float]]:
     """|trainer − rollout| by how both compute."""
     found: dict[str, dict[str, float]] = {}
     bf16 = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).train()
@@ -153,16 +169,16 @@ def compare(name: str, source: Path, ids: Tensor, device: str, layer_class: Any)
                 found[key] = difference(wanted, log_probs(decode(rollout, ids), ids, fixed))
                 if fixed and found[key]["max"]:
                     raise SystemExit(f"{name}, {key}: trainer and rollout differ by {found[key]}; nothing is reported")
-                if fixed and not activations and layer_class is not None and name == "llama":
-                    engine = hb.load(out, device=device, activations="none")
-                    other_engine(engine, out, layer_class)
-                    found["weights, rollout by humming"] = difference(wanted, log_probs(decode(engine, ids), ids, True))
+                if fixed and not activations and engine and name == "llama":
+                    other = hb.load(out, device=device, activations="none")
+                    other_engine(other, out)
+                    found["weights, rollout by humming"] = difference(wanted, log_probs(decode(other, ids), ids, True))
     for key, value in found.items():
         print(f"{name:6s} {key:28s} mean {value['mean']:.3g}  max {value['max']:.3g}")
     return found
 
 
-def differences(device: str, small: bool, layer_class: Any) -> dict[str, Any]:
+def differences(device: str, small: bool, engine: bool) -> dict[str, Any]:
     length = 12 if small else 128
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 256} if small else {
         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 768
@@ -174,7 +190,7 @@ def differences(device: str, small: bool, layer_class: Any) -> dict[str, Any]:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(Path(temporary) / "llama")
         for name, source in (("tiny", DATA / "tiny"), ("llama", Path(temporary) / "llama")):
             ids = sequences(768 if name == "tiny" else config.vocab_size, 3 if small else 8, length).to(device)
-            found[name] = compare(name, source, ids, device, layer_class)
+            found[name] = compare(name, source, ids, device, engine)
     return found
 
 
@@ -187,14 +203,14 @@ def median(call: Callable[[], object]) -> float:
     return 1e3 * float(do_bench(call, warmup=20, rep=100, return_mode="median"))
 
 
-def matmuls(layer_class: Any) -> list[dict[str, Any]]:
+def matmuls(engine: bool) -> list[dict[str, Any]]:
     rows = []
     g = torch.Generator("cuda").manual_seed(0)
     for name, (n, k) in SHAPES.items():
         w = (torch.randn(n, k, generator=g, device="cuda") * 0.02).bfloat16()
         wq = hb.quantize(w, PLAIN)
         b, b_scale = hb.fake_quantize_unscaled(w, PLAIN)
-        engine = None if layer_class is None else humming_layer(layer_class, wq)
+        engines = {"humming W4A16": Humming(wq), "humming, batch-invariant": Humming(wq, True)} if engine else {}
         for m in ROWS:
             x = torch.randn(m, k, generator=g, device="cuda").bfloat16()
             a, a_scale = hb.fake_quantize_unscaled(x, ROW)
@@ -209,11 +225,11 @@ def matmuls(layer_class: Any) -> list[dict[str, Any]]:
                 "batch-invariant": median(lambda: multiply(True)),
                 "torch bf16": median(lambda x=x, w=w: x @ w.mT),
             }
-            if engine is not None:
+            for title, layer in engines.items():
                 exact = x.double() @ wq.dequantize(torch.float32).double().mT
-                if not float((engine(x).double() - exact).norm() / exact.norm()) < 0.01:
-                    raise SystemExit(f"humming's result for {m}×{n}×{k} is not the product; it is not timed")
-                times["humming W4A16"] = median(lambda x=x, engine=engine: engine(x))
+                if not float((layer(x).double() - exact).norm() / exact.norm()) < 0.01:
+                    raise SystemExit(f"{title} of {m}×{n}×{k} is not the product; nothing is reported")
+                times[title] = median(lambda x=x, layer=layer: layer(x))
             rows.append(report(f"{name} {m}×{n}×{k}", times))
     return rows
 
@@ -278,16 +294,19 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    provenance = runpy.run_path(str(Path(__file__).with_name("__main__.py")), run_name="benchmarks")["provenance"]
+
     on_gpu = options.device == "cuda"
-    layer_class = humming() if on_gpu else None
-    result: dict[str, Any] = provenance(options.commit)
-    result["hardware"] = torch.cuda.get_device_name() if on_gpu else "CPU"
+    without = humming() if on_gpu else "it needs a GPU"
+    if without:
+        print(f"without humming-kernels, {without}")
+    engine = without is None
+    result: dict[str, Any] = provenance(options.device, options.commit)
+    result["without_humming"] = without
     result["gate_elements"] = gate(options.device, options.small)
     print(f"the gate: {result['gate_elements']} results do not depend on how many rows there are")
-    result["log_probabilities"] = differences(options.device, options.small, layer_class)
+    result["log_probabilities"] = differences(options.device, options.small, engine)
     if on_gpu and not options.small:
-        result["speed"] = matmuls(layer_class) + others()
+        result["speed"] = matmuls(engine) + others()
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -219,6 +219,8 @@ def test_attention(rng, window: int | None, softcap: float | None) -> None:
         invariant.attention(q, k, v, mask[..., :20], scaling=1.0)
 
 
+FORMATS_OF_ONE_MODEL = {"a": hb.NVFP4(), "b": hb.NVFP4(scale_rule="four_over_six")}
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +397,23 @@ def test_experts_in_high_precision(tmp_path: Path) -> None:
     with torch.no_grad():
         whole = model(ids).logits
     same_bits(decoded(model, ids[1:]), whole[1:])
+
+
+def test_bytes_written_in_place(tmp_path: Path) -> None:
+    """As a weight sync does: the next forward pass has them, at the same addresses."""
+    first, second = (make(models.moe(), tmp_path / name, format=fmt) for name, fmt in FORMATS_OF_ONE_MODEL.items())
+    model, other = (hb.load(path, batch_invariant=True) for path in (first, second))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before, wanted = model(ids).logits, other(ids).logits
+        theirs = dict(other.named_parameters())
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, hb.QuantizedTensor):
+                for part in ("packed", "block_scale", "tensor_scale"):
+                    getattr(parameter, part).copy_(getattr(theirs[name], part))
+        found = model(ids).logits
+    true(not torch.equal(before, wanted), "both formats give the same")
+    same_bits(found, wanted)
 
 
 def test_experts_of_which_some_are_quantized() -> None:

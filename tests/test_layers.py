@@ -27,7 +27,7 @@ ALLOWED = {
     "names": set(),
     "experts": set(),
     "invariant": BASE | {"ops", "experts"},
-    "served": BASE | {"ops"},
+    "served": BASE | {"ops", "tensor"},
     "version": set(),
     "policy": BASE | {"names"},
     "checkpoint": BASE | {"ops", "tensor", "functional", "policy", "names", "version"},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import invariant, names, serving
 from .checkpoint.convert import Report, convert
-from .checkpoint.dequantize import read_weight
+from .checkpoint.dequantize import decode
 from .checkpoint.options import Options
 from .checkpoint.plan import decoder_layers
 from .checkpoint.schema import SCALE_PARAMETERS
@@ -56,8 +56,8 @@ def load(
             activation scales as they go; MXFP8 as ever.
         batch_invariant: what is computed for a token depends on its sequence up to it alone, bit for bit: decoding
             token by token, in any batch, is one forward pass over the sequence, and is what a trainer with the same
-            `TrainingRecipe(batch_invariant=True)` computes. Weights are then held as q·s in bfloat16, under the names
-            that they have, with their tensor scales beside them. See `docs/rl.md`.
+            `TrainingRecipe(batch_invariant=True)` computes. Quantized weights are then QuantizedTensors, whose bytes
+            a weight sync may write to; q·s is kept beside them in bfloat16. See `docs/rl.md`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
@@ -79,7 +79,7 @@ def load(
     try:
         with torch.device("meta"):
             skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        state = stack_experts(_decoded(contents, dtype, unscaled=batch_invariant), set(skeleton.state_dict()))
+        state = stack_experts(_decoded(contents, dtype), set(skeleton.state_dict()))
         model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -167,8 +167,8 @@ def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tenso
     return stacked
 
 
-def _decoded(contents: Contents, dtype: torch.dtype, *, unscaled: bool = False) -> dict[str, Tensor]:
-    """All tensors under their high-precision names; floats in dtype; unscaled: NVFP4 as q·s."""
+def _decoded(contents: Contents, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors under their high-precision names; floats in dtype."""
     state: dict[str, Tensor] = {}
     layers = decoder_layers(contents.checkpoint)
     for tensor in contents.checkpoint.tensors:
@@ -176,8 +176,7 @@ def _decoded(contents: Contents, dtype: torch.dtype, *, unscaled: bool = False) 
             continue
         module, _, parameter = tensor.rpartition(".")
         if contents.holds_elements(tensor):
-            q = read_weight(contents, module, "cpu")
-            state[f"{module}.weight"] = q.dequantize(dtype, unscaled=unscaled and q.tensor_scale is not None)
+            state[f"{module}.weight"] = decode(contents, module, dtype, "cpu")
         elif parameter not in SCALE_PARAMETERS:
             data = contents.checkpoint.read(tensor)
             state[tensor] = data.to(dtype) if data.is_floating_point() else data

@@ -16,6 +16,7 @@ from .errors import UnsupportedError
 from .formats import MXFP8, NVFP4, Format
 from .names import Name
 from .served import Input, serve_experts, serve_linear
+from .tensor import QuantizedTensor
 
 Activations = Literal["stored", "none", "row"]
 PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -23,11 +24,11 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def serve(model: Any, contents: Contents, activations: Activations) -> None:
-    """Swap the modules that hold q·s for those of `served`.
+    """Swap the quantized modules for those of `served`.
 
     Raises:
         UnsupportedError: a quantized weight is neither a Linear's nor an expert's, or belongs to a second module too,
-            or a layer's experts are not all of one format.
+            or a layer's experts are not all of one format, or a gate and its up have different scales.
     """
     modules = dict(model.named_modules())
     shared: defaultdict[int, list[str]] = defaultdict(list)
@@ -42,9 +43,8 @@ def serve(model: Any, contents: Contents, activations: Activations) -> None:
             if len(owners := shared[id(module.weight)]) > 1:
                 raise UnsupportedError(f"{' and '.join(owners)} are one tensor, of which only one is quantized")
             fmt = _format(contents, name.module, activations)
-            serve_linear(
-                module, _scale(contents, name.module), Input(fmt, _amax(contents, [name.module], fmt, activations))
-            )
+            quantize_input = Input(fmt, _amax(contents, [name.module], fmt, activations))
+            serve_linear(module, read_weight(contents, name.module, "cpu"), quantize_input)
         elif name.expert is not None and (path := experts_of(name, modules)) is not None:
             experts[path][name.expert, PART.get(name.leaf, name.leaf)] = name.module
         else:
@@ -58,7 +58,7 @@ def serve(model: Any, contents: Contents, activations: Activations) -> None:
 def _serve_experts(
     path: str, module: Any, found: dict[tuple[int, str], str], contents: Contents, activations: Activations
 ) -> None:
-    scales: dict[str, Tensor | None] = {}
+    weights: dict[str, QuantizedTensor] = {}
     inputs: dict[str, Input] = {}
     for weight, parts in _PARTS.items():
         names = [found.get((expert, part)) for expert in range(module.num_experts) for part in parts]
@@ -67,18 +67,26 @@ def _serve_experts(
         kinds = {type(contents.formats[name]) for name in known}
         if len(known) != len(names) or len(formats) > 1 or len(kinds) > 1:
             raise UnsupportedError(f"{path}.{weight}: its experts are not all quantized in one format")
-        rows = getattr(module, weight).shape[1] // len(parts)
-        each = [_scale(contents, name) for name in known]
-        given = [scale.expand(rows) for scale in each if scale is not None]
-        scales[weight] = torch.cat(given).view(module.num_experts, -1) if given else None
+        weights[weight] = _stack([read_weight(contents, name, "cpu") for name in known], len(parts), f"{path}.{weight}")
         fmt = formats.pop()
         inputs[weight] = Input(fmt, _amax(contents, known[:: len(parts)], fmt, activations))
-    serve_experts(module, scales, inputs)
+    serve_experts(module, weights, inputs)
 
 
-def _scale(contents: Contents, module: str) -> Tensor | None:
-    scale = read_weight(contents, module, "cpu").tensor_scale
-    return None if scale is None else scale.clone()
+def _stack(parts: list[QuantizedTensor], each: int, name: str) -> QuantizedTensor:
+    """Weights of experts, `each` of them a matrix of the result, below one another: (E, N, K)."""
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([torch.cat(tensors[i : i + each]) for i in range(0, len(tensors), each)])
+
+    scale = None
+    if all(part.tensor_scale is not None for part in parts):
+        scales = torch.stack([part.tensor_scale for part in parts]).view(-1, each)  # type: ignore[misc]
+        if not torch.equal(scales, scales[:, :1].expand_as(scales)):
+            raise UnsupportedError(f"{name}: gate and up of an expert have different tensor scales")
+        scale = scales[:, 0].contiguous()
+    packed, block_scale = join([part.packed for part in parts]), join([part.block_scale for part in parts])
+    return QuantizedTensor(packed, block_scale, scale, None, parts[0].format)
 
 
 def _format(contents: Contents, module: str, activations: Activations) -> Format | None:
