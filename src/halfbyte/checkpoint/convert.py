@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ from ..tensor import QuantizedTensor
 from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
 from .exclusion import target_list
-from .journal import Journal, differences, working_directory
+from .files import TEMPORARY
+from .journal import MODEL, Journal, differences, said, working_directory
 from .manifest import choices, write_manifest
 from .options import Options
-from .pipeline import Budget, WriteBehind, read_ahead
 from .plan import Plan, Planned, make_plan
-from .recorded import RecordedShards, finished_shards, source_files
+from .ranks import Ranks
+from .recorded import finished_shards, source_files
 from .result import Report as Report
 from .result import WeightReport as WeightReport
 from .result import is_search
@@ -37,15 +39,18 @@ from .shards import (
     Checkpoint,
     TensorInfo,
     copy_companions,
+    publish,
     write_json,
 )
+from .stages import Progress as Progress
+from .stages import Record, Stages, Unit
+from .staging import Staging
 from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MEMORY = 1_000_000_000
 """Bytes of the source that are held at once, unless a single group is larger."""
-_COMPARED = 1 << 24  # elements
-Progress = Callable[[int], None]  # called with the bytes of the source just finished
+_COMPARED = 1 << 24, 1 << 18  # elements: in a GPU's memory, in a CPU's cache
 
 
 def convert(
@@ -58,54 +63,78 @@ def convert(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
     work: Path | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda done: None,
 ) -> Report:
     """Convert a model directory into a new one, which appears whole or not at all.
 
-    The bytes of the output depend on the weights and the options alone, not on how the source is sharded; and on what
-    `calibrated` gives, which is written as it is.
+    The bytes of the output depend on the weights and the options alone, not on how the source is sharded nor on how
+    many ranks convert; and on what `calibrated` gives, which is written as it is.
 
     Until it is whole, the output is in `work` (OUTPUT.partial by default). What is finished stays there when a
     conversion is interrupted; with resume=True the next one goes on from there, and ends with the same bytes.
 
+    ranks: `Ranks.current()` where several processes of torch.distributed convert together; then all of them call this
+    with the same arguments, but for `device` and `progress`, and share a file system. Each returns the report.
+
     Raises:
         CheckpointError: anything wrong with the source, the options for it, or the output place; nothing is left
-            behind then. Or the disk failed, which says where to go on from; or there is something else to resume.
+            behind then. Or the disk failed, which says where to go on from; or there is something else to resume. Or
+            another rank failed: then it is that rank's error.
     """
     start = time.monotonic()
-    checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, options)
-    if calibrated is None and (reason := options.needs_data):
-        raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
-    calibration = None if calibrated is None else calibrated.to_json()
-    shards = shard(output_entries(plan, options), max_shard_bytes)
-    sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
-    unchanged = source_files(checkpoint)
-    settings = {**choices(options, calibration), "max_shard_bytes": max_shard_bytes, "source": unchanged}
-    with Journal(work or working_directory(output), output, settings, resume=resume) as journal:
-        finished = finished_shards(journal, shards)
-        todo = {file: entries for file, entries in shards.items() if file not in finished}
-        _write_shards(checkpoint, plan, options, calibrated, device, todo, journal, progress)
-        if differing := differences(unchanged, source_files(checkpoint)):
-            raise CheckpointError(f"{source}: was changed while it was converted: {differing[0]}; begin again")
-        digests = {name: digest for file in shards for name, digest in journal.records[file]["tensors"].items()}
-        if not journal.is_renamed:
-            copy_companions(source, journal.model)
-            write_manifest(journal.model, options, digests, calibration)
-            if len(shards) > 1:
-                weight_map = {name: file for file, entries in shards.items() for name in entries}
-                write_index(journal.model, weight_map, sum(sizes.values()))
-            write_configs(journal.model, checkpoint, plan, options)
-        journal.finish()
-        reports = [WeightReport.from_json(data) for file in shards for data in journal.records[file]["weights"]]
+    ranks = ranks or Ranks()
+    work = work or working_directory(output)
+    with ranks.leaving():
+        checkpoint = Checkpoint(source)
+        plan = make_plan(checkpoint, options)
+        if calibrated is None and (reason := options.needs_data):
+            raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
+        calibration = None if calibrated is None else calibrated.to_json()
+        shards = shard(output_entries(plan, options), max_shard_bytes)
+        unchanged = source_files(checkpoint)
+        settings = {**choices(options, calibration), "max_shard_bytes": max_shard_bytes, "source": unchanged}
+        if differing := differences(ranks.agree(settings)[0], settings):
+            raise CheckpointError(f"rank {ranks.rank} does not do what rank 0 does: {differing[0]} here")
+        first = ranks.rank == 0
+        with Journal(work, output, settings, resume=resume) if first else nullcontext() as journal, _told(ranks, work):
+            begun = None if journal is None else (journal.records, journal.is_renamed, uuid.uuid4().hex[:8])
+            records, is_renamed, job = ranks.agree(begun)[0]
+            where = output if is_renamed else work / MODEL
+            finished = finished_shards(where, shards, records, ranks)
+            if is_renamed and len(finished) < len(shards):
+                raise CheckpointError(f"{where}: already exists, and is not what was converted; remove it")
+            temporary = TEMPORARY if ranks.world == 1 else f".{job}{TEMPORARY}"
+
+            def finish(file: str, record: Record) -> None:
+                records[file] = record
+                if journal is not None:
+                    publish(where / file, temporary)
+                    journal.record(file, record)
+
+            todo = {file: entries for file, entries in shards.items() if file not in finished}
+            units = list(_units(checkpoint, plan, options, calibrated, device, shards))
+            progress(sum(unit.size for unit in units if unit.file in finished))
+            units = [unit for unit in units if unit.file in todo]
+            Stages(units, todo, ranks, Staging(device), where, temporary, MEMORY, finish).run(progress)
+            if differing := differences(unchanged, source_files(checkpoint)):
+                raise CheckpointError(f"{source}: was changed while it was converted: {differing[0]}; begin again")
+            ranks.agree()
+            if journal is not None:
+                if not is_renamed:
+                    _write_rest(where, checkpoint, plan, options, shards, records, calibration)
+                journal.finish()
+            ranks.agree()
+    by_name = {data["name"]: WeightReport.from_json(data) for file in shards for data in records[file]["weights"]}
+    reports = tuple(by_name[item.name.full] for item in plan.quantized)
     scales = {report.name: report.tensor_scale for report in reports}
     return Report(
         output=output,
         options=options,
         impl=ops.pick("auto", torch.device(device)),
-        weights=tuple(reports),
+        weights=reports,
         source_bytes=checkpoint.nbytes,
-        output_bytes=sum(sizes.values()),
+        output_bytes=_nbytes(shards),
         fused_groups=sum(len(group) > 1 for group in plan.groups),
         unequal_fused_scales=sum(len({scales.get(item.name.full) for item in group}) > 1 for group in plan.groups),
         to_search=sum(is_search(item.format) for item in plan),
@@ -116,47 +145,67 @@ def convert(
     )
 
 
-def _write_shards(
+@contextlib.contextmanager
+def _told(ranks: Ranks, work: Path) -> Iterator[None]:
+    """Errors are told to the other ranks before this one tidies up; rank 0's journal says what can be done."""
+    with said(work) if ranks.rank > 0 else nullcontext(), ranks.telling():
+        yield
+
+
+def _write_rest(
+    where: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    shards: Mapping[str, Mapping[str, Entry]],
+    records: Mapping[str, Record],
+    calibration: dict[str, Any] | None,
+) -> None:
+    """What makes a model of the shards; the config is the last of it."""
+    copy_companions(checkpoint.directory, where)
+    digests = {name: digest for file in shards for name, digest in records[file]["tensors"].items()}
+    write_manifest(where, options, digests, calibration)
+    if len(shards) > 1:
+        write_index(where, {name: file for file, entries in shards.items() for name in entries}, _nbytes(shards))
+    write_configs(where, checkpoint, plan, options)
+
+
+def _nbytes(shards: Mapping[str, Mapping[str, Entry]]) -> int:
+    return sum(TensorInfo("", *entry).nbytes for entries in shards.values() for entry in entries.values())
+
+
+def _units(
     checkpoint: Checkpoint,
     plan: Plan,
     options: Options,
     calibrated: Calibrated | None,
     device: torch.device | str,
     shards: Mapping[str, Mapping[str, Entry]],
-    journal: Journal,
-    progress: Progress,
-) -> None:
-    """Read, quantize and write what belongs to these shards; the three overlap, and the order is the plan's."""
+) -> Iterator[Unit]:
+    """Every group, in the plan's order, and then the scales of KV caches."""
     file_of = {name: file for file, entries in shards.items() for name in entries}
-    every = [next(iter(group_entries(group, options))) in file_of for group in plan.groups]
-    groups = list(itertools.compress(plan.groups, every))
-    progress(sum(item.nbytes for item in plan) - sum(item.nbytes for group in groups for item in group))
 
-    def size(group: tuple[Planned, ...]) -> int:
-        return sum(item.nbytes for item in group)
+    def read(group: tuple[Planned, ...], pin: bool) -> list[Tensor]:
+        return read_group(checkpoint, group, pin=pin)
 
-    def read(group: tuple[Planned, ...]) -> list[Tensor]:
-        return read_group(checkpoint, group)
+    def convert(group: tuple[Planned, ...], weights: list[Tensor]) -> tuple[dict[str, Tensor], list[WeightReport]]:
+        tensors: dict[str, Tensor] = {}
+        reports: list[WeightReport] = []
+        for _, part, report in convert_group(checkpoint, group, options, device, calibrated, weights):
+            tensors |= part
+            reports += [report] if report else []
+        return tensors, reports
 
-    def write(tensors: dict[str, Tensor], reports: list[WeightReport], held: int) -> None:
-        out.write(file_of[next(iter(tensors))], tensors, reports)
-        budget.give(held)
-
-    budget = Budget(MEMORY)
-    with closing(RecordedShards(journal, shards)) as out, WriteBehind(budget) as writer:
-        for group, weights in read_ahead(groups, read, size, budget):
-            tensors: dict[str, Tensor] = {}
-            reports: list[WeightReport] = []
-            for _, part, report in convert_group(checkpoint, group, options, device, calibrated, weights):
-                tensors |= part
-                reports += [report] if report else []
-
-            writer.submit(partial(write, tensors, reports, size(group)))
-            progress(size(group))
-            del weights, tensors
-        scales = {name: t for name, t in kv_scales(plan, options, calibrated).items() if name in file_of}
-        if scales:
-            writer.submit(partial(write, scales, [], 0))
+    for group in plan.groups:
+        entries = group_entries(group, options)
+        size = sum(item.nbytes for item in group)
+        written = sum(TensorInfo("", *entry).nbytes for entry in entries.values())
+        on_device = group[0].format is not None
+        file = file_of[next(iter(entries))]
+        yield Unit(file, size, written, on_device, partial(read, group), partial(convert, group))
+    if entries := _kv_entries(plan, options):
+        file = file_of[next(iter(entries))]
+        yield Unit(file, 0, 0, False, lambda pin: [], lambda none: (kv_scales(plan, options, calibrated), []))
 
 
 def output_entries(plan: Plan, options: Options) -> list[dict[str, Entry]]:
@@ -234,9 +283,9 @@ def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: li
     return WeightGroup(fmt, weights, [item.name.full for item in group], where)
 
 
-def read_group(checkpoint: Checkpoint, group: tuple[Planned, ...]) -> list[Tensor]:
+def read_group(checkpoint: Checkpoint, group: tuple[Planned, ...], *, pin: bool = False) -> list[Tensor]:
     """The source's tensors of a group."""
-    return [checkpoint.read(item.source, item.index) for item in group]
+    return [checkpoint.read(item.source, item.index, pin=pin) for item in group]
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:
@@ -314,7 +363,7 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
 
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
     error = norm = 0.0
-    rows = max(1, _COMPARED // weight.shape[1])
+    rows = max(1, _COMPARED[weight.device.type == "cpu"] // weight.shape[1])
     for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
         part = slice(start, start + rows)
         original = weight[part].float()
