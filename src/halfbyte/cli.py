@@ -102,7 +102,7 @@ def convert(
         where, _ = join(usable_device(device))
         ranks = Ranks.current()
         share_cores(ranks)
-    with errors(as_json, ranks):
+    with errors(as_json, ranks), ranks.leaving(), ranks.telling():
         first = ranks.rank == 0
         options = _recipe_options(ctx, recipe, changes, layout) or Options(
             format=_format(format, scale_rule, error, e4m3_max, error_arithmetic),

@@ -73,10 +73,9 @@ def escape(message: str) -> str:
 
 @contextlib.contextmanager
 def errors(as_json: bool, ranks: Ranks | None = None) -> Iterator[None]:
-    """Bad input becomes one message and exit code 2; with ranks, all of them end, and those say it that should."""
+    """Bad input becomes one message and exit code 2; of several ranks, those say it that should."""
     try:
-        with contextlib.nullcontext() if ranks is None else ranks.leaving():
-            yield
+        yield
     except (HalfbyteError, OSError) as error:
         if ranks is not None and not ranks.speaks:
             raise typer.Exit(2) from error

@@ -85,7 +85,7 @@ def convert(
     start = time.monotonic()
     ranks = ranks or Ranks()
     work = work or working_directory(output)
-    with ranks.leaving():
+    with ranks.leaving(), ranks.telling():
         checkpoint = Checkpoint(source)
         plan = make_plan(checkpoint, options)
         if calibrated is None and (reason := options.needs_data):

@@ -76,24 +76,31 @@ class Ranks:
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """What is raised within ends the other ranks too. Signals do not: they have their own way to reach everyone."""
+        """What is raised within is raised by `agree` on the others. Signals are not: a launcher sends them to all."""
         try:
             yield
         except Exception as error:
             if self.world > 1 and not self._told:
-                self._told, self.failed = True, self.rank
+                self._told = True
                 with contextlib.suppress(CheckpointError):
-                    self._exchange({"error": _message(error), "may_pass": not comes_again(error)})
+                    answers = self._exchange({"error": _message(error), "may_pass": not comes_again(error)})
+                    self.failed = next(rank for rank, answer in enumerate(answers) if "error" in answer)
             raise
 
     @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of each rank by itself; if it fails on one, nobody gets beyond it."""
+        with self.telling():
+            yield
+        self.agree()
+
+    @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
-        """As `telling`; and a failed job ends on all ranks together, so that no launcher kills one that tidies up."""
+        """A job whose failure all know of ends on all at once: no launcher kills a rank that is still tidying up."""
         try:
-            with self.telling():
-                yield
+            yield
         except Exception:
-            if self.world > 1 and not self._left:
+            if self._told and not self._left:
                 self._left = True
                 with contextlib.suppress(RuntimeError):
                     dist.monitored_barrier(self._group, timeout=_LEAVING)
@@ -101,17 +108,21 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process prints: results and all errors on rank 0, and its own error the rank that failed."""
-        return self.rank in (0, self.failed)
+        """Whether this process prints errors: rank 0 and the rank that failed, where that is known."""
+        return self.failed is None or self.rank in (0, self.failed)
 
     def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{}] * self.world
         try:
             dist.all_gather_object(found, own, group=self._group)
+            return found
         except RuntimeError as error:
-            self._told = True
-            raise CheckpointError("another rank has died, or did not answer in time") from OSError(str(error))
-        return found
+            why = OSError(str(error))
+        # Only a dead rank's neighbours notice. Leaving at once tells theirs.
+        self._told = self._left = True
+        group, self._group = self._group, None
+        dist.destroy_process_group(group)
+        raise CheckpointError("another rank has died, or did not answer in time") from why
 
 
 def join(device: str) -> tuple[str, int]:
@@ -152,21 +163,24 @@ def divide(shards: Mapping[str, Sequence[int]], hosts: Sequence[str]) -> list[di
         hosts: of each rank.
 
     Returns:
-        rounds of file → for each of its groups the rank that does it: the largest first, each by whoever has least.
+        rounds of file → for each of its groups the rank that does it.
     """
     teams = [[rank for rank, host in enumerate(hosts) if host == team] for team in dict.fromkeys(hosts)]
     loads = [0] * len(hosts)
     rest = iter(shards.items())
     rounds = []
     while batch := list(itertools.islice(rest, len(teams))):
-        owners = {file: [0] * len(costs) for file, costs in batch}
-        for team, (file, costs) in zip(teams, batch, strict=False):
-            for i in sorted(range(len(costs)), key=lambda i, costs=costs: (-costs[i], i)):  # type: ignore[misc]
-                owner = min(team, key=lambda rank: (loads[rank], rank))
-                owners[file][i] = owner
-                loads[owner] += costs[i]
-        rounds.append(owners)
+        rounds.append({file: deal(costs, team, loads) for team, (file, costs) in zip(teams, batch, strict=False)})
     return rounds
+
+
+def deal(costs: Sequence[int], ranks: Sequence[int], loads: list[int]) -> list[int]:
+    """The rank for each of some things: the costliest first, each to whoever has least by `loads`, which grow."""
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(ranks, key=lambda rank: (loads[rank], rank))
+        loads[owners[i]] += costs[i]
+    return owners
 
 
 def _message(error: Exception) -> str:

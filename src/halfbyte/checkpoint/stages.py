@@ -23,6 +23,7 @@ from .staging import Staging
 
 _HASHING = 4  # threads: one hashes slower than a disk writes
 _ON_DEVICE = 2  # groups
+_UNFINISHED = 2  # rounds that are written, but not synced by all ranks
 
 Progress = Callable[[int], None]  # called with the bytes of the source just finished
 Record = dict[str, Any]  # of a shard: "tensors" (name → SHA-256) and "weights" (reports, in any order)
@@ -96,7 +97,8 @@ class Stages:
             for owners in self._rounds
         ]
         self._on_device = Budget(_ON_DEVICE)
-        self._budget = Budget(memory, also=self._on_device)
+        self._unfinished = Budget(_UNFINISHED, also=self._on_device)
+        self._budget = Budget(memory, also=self._unfinished)
         self._parts: dict[str, _Part] = {}  # of the round that is being written
         self._opened: list[ShardWriter] = []
 
@@ -164,6 +166,7 @@ class Stages:
     def _end(self, number: int, finisher: Behind) -> None:
         """In the writer's thread, after this rank's last write of a round; the next one's may begin."""
         parts, self._parts = self._parts, {}
+        self._unfinished.take(1)
         finisher.submit(partial(self._finish_round, number, parts))
 
     def _finish_round(self, number: int, parts: dict[str, _Part]) -> None:
@@ -178,6 +181,7 @@ class Stages:
                     record["tensors"] |= theirs[file]["tensors"]
                     record["weights"] += theirs[file]["weights"]
             self._finish(file, record)
+        self._unfinished.give(1)
 
 
 class _Share:
