@@ -51,7 +51,8 @@ CONFIG = {
 # --- the source -----------------------------------------------------------------------------------------------------
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(layers: int, divisor: int) -> dict[str, tuple[int, ...]]:
+    """Of all tensors; every side divided."""
     found: dict[str, tuple[int, ...]] = {
         f"{name}.weight": (VOCAB, HIDDEN) for name in ("model.embed_tokens", "lm_head")
     }
@@ -63,19 +64,19 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
         found |= {f"model.layers.{i}.mlp.{leaf}_proj.weight": (WIDTH, HIDDEN) for leaf in ("gate", "up")}
         found[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, WIDTH)
         found |= {f"model.layers.{i}.{norm}_layernorm.weight": (HIDDEN,) for norm in ("input", "post_attention")}
-    return found
+    return {name: tuple(side // divisor for side in shape) for name, shape in found.items()}
 
 
-def make_source(directory: Path, gigabytes: float, shard_bytes: int = 4_000_000_000) -> int:
+def make_source(directory: Path, gigabytes: float, divisor: int = 1, shard_bytes: int = 4_000_000_000) -> int:
     """Write it, in shards; returns the bytes of its tensors."""
     from halfbyte.checkpoint.convert import shard, write_index
     from halfbyte.checkpoint.shards import ShardWriter
 
     per_layer = 2 * HIDDEN * (2 * ATTENTION + 2 * KV + 3 * WIDTH)
-    layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / per_layer))
+    layers = max(2, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / per_layer))
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    entries = {name: ("BF16", shape) for name, shape in shapes(layers).items()}
+    entries = {name: ("BF16", shape) for name, shape in shapes(layers, divisor).items()}
     files = shard(({name: entry} for name, entry in entries.items()), shard_bytes)
     g = torch.Generator().manual_seed(0)
     largest = max(torch.Size(shape).numel() for _, shape in entries.values())
@@ -254,6 +255,7 @@ def hardware(device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="of the source, about")
+    parser.add_argument("--small", action="store_true", help="a source of a few megabytes, to see whether it runs")
     parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks; on GPUs, those that there are GPUs for")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--directory", type=Path, help="where to work; takes about twice the source's size")
@@ -274,7 +276,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="convert-") as temporary:
         place = Path(temporary)
         start = time.monotonic()
-        size = make_source(place / "source", options.gigabytes)
+        size = make_source(place / "source", *((0, 16) if options.small else (options.gigabytes,)))
         print(f"a source of {size / 1e9:.2f} GB, made in {time.monotonic() - start:.0f} s", flush=True)
         rows = []
         for number in numbers:

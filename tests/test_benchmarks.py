@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .check import equal, true
 
 ROOT = Path(__file__).parents[1]
@@ -54,3 +56,18 @@ def test_training(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     equal(set(result["linear"]["milliseconds"]), {"bf16", "high_precision", "dequantized", "quantized"})
     true(result["saved_activations_of_bf16"]["dequantized"] <= 0.32, "4 bytes per row beside 64 columns")
+
+
+@pytest.mark.slow
+def test_conversion(tmp_path: Path) -> None:
+    """Each number of ranks in processes of their own: most of the time is imports."""
+    file = tmp_path / "convert.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "convert.py"), "--small", "--ranks", "1,2", "--device", "cpu"]
+    command += ["--directory", str(tmp_path), "--max-shard-gb", "0.001", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    equal(done.returncode, 0, done.stderr[-2000:])
+    true("all 4 outputs have the same bytes" in done.stdout, done.stdout)
+    result = json.loads(file.read_text())
+    equal([row["ranks"] for row in result["rows"]], [1, 2])
+    true(all(row["shards"] > 2 and row["dropped"]["times_copy"] > 0 for row in result["rows"]), str(result["rows"]))
+    equal([path.name for path in tmp_path.iterdir()], ["convert.json"])

@@ -50,7 +50,7 @@ from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MEMORY = 1_000_000_000
 """Bytes of the source that are held at once, unless a single group is larger."""
-_COMPARED = 1 << 24, 1 << 18  # elements: in a GPU's memory, in a CPU's cache
+_COMPARED = 1 << 24, 1 << 22  # elements at once, on a GPU and on a CPU
 
 
 def convert(

@@ -130,10 +130,10 @@ class Stages:
         for (number, unit), read in read_ahead(items, self._read, lambda item: item[1].size, self._budget):
             finisher.check()
             end_rounds(number)
-            tensors, reports = unit.convert(self._staging.received(read) if unit.on_device else read[0])
+            tensors, reports = unit.convert(self._staging.received(read))
             tensors = self._staging.fetch(tensors)
             del read
-            if unit.on_device:
+            if self._goes(unit):
                 self._on_device.give(1)
             hashes = {name: hashing.submit(tensor_digest, tensor) for name, tensor in tensors.items()}
             writer.submit(partial(self._write, unit, tensors, hashes, reports))
@@ -143,11 +143,14 @@ class Stages:
 
     def _read(self, item: tuple[int, Unit]) -> tuple[list[Tensor], Any]:
         unit = item[1]
-        if not unit.on_device:
+        if not self._goes(unit):
             return unit.read(False), None
-        tensors = unit.read(self._staging.is_pinned)
+        tensors = unit.read(True)
         self._on_device.take(1)
         return self._staging.send(tensors)
+
+    def _goes(self, unit: Unit) -> bool:
+        return unit.on_device and self._staging.is_pinned
 
     def _write(
         self, unit: Unit, tensors: dict[str, Tensor], hashes: dict[str, Future[str]], reports: list[WeightReport]

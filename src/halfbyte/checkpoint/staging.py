@@ -23,9 +23,7 @@ class Staging:
             self._in, self._out = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
 
     def send(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        """Begin copying to the device; `received` takes what this returns."""
-        if not self.is_pinned:
-            return list(tensors), None
+        """Begin copying to the device. `received` takes what this returns; or tensors that stay, and None."""
         with torch.cuda.stream(self._in):
             return [tensor.to(self._device, non_blocking=True) for tensor in tensors], self._in.record_event()
 
