@@ -6,7 +6,7 @@ import contextlib
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,15 +42,15 @@ from .shards import (
     publish,
     write_json,
 )
+from .stages import Converted, Record, Stages, Unit
 from .stages import Progress as Progress
-from .stages import Record, Stages, Unit
 from .staging import Staging
 from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MEMORY = 1_000_000_000
 """Bytes of the source that are held at once, unless a single group is larger."""
-_COMPARED = 1 << 24, 1 << 22  # elements at once, on a GPU and on a CPU
+_COMPARED = 1 << 24, 1 << 20  # elements at once, on a GPU and on a CPU
 
 
 def convert(
@@ -188,9 +188,9 @@ def _units(
     def read(group: tuple[Planned, ...], pin: bool) -> list[Tensor]:
         return read_group(checkpoint, group, pin=pin)
 
-    def convert(group: tuple[Planned, ...], weights: list[Tensor]) -> tuple[dict[str, Tensor], list[WeightReport]]:
+    def convert(group: tuple[Planned, ...], weights: list[Tensor]) -> Converted:
         tensors: dict[str, Tensor] = {}
-        reports: list[WeightReport] = []
+        reports: list[Callable[[], WeightReport]] = []
         for _, part, report in convert_group(checkpoint, group, options, device, calibrated, weights):
             tensors |= part
             reports += [report] if report else []
@@ -250,8 +250,8 @@ def convert_group(
     device: torch.device | str,
     calibrated: Calibrated | None = None,
     read: list[Tensor] | None = None,
-) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
-    """The output tensors of each member of a group, quantized under one tensor scale.
+) -> Iterator[tuple[Planned, dict[str, Tensor], Callable[[], WeightReport] | None]]:
+    """The output tensors of each member of a group, quantized under one tensor scale; and what tells how it fared.
 
     read: what `read_group` gives for it, where that was done before.
     """
@@ -274,7 +274,7 @@ def convert_group(
                 f"{item.name.full}: calibrated as {list(q.shape)}, but its shape is {list(item.shape)}"
             )
         tensors = weight_tensors(options.layout, item.name.module, q, _input_scale(item, options, calibrated))
-        yield item, tensors, _report(item, weight, q)
+        yield item, tensors, partial(_report, item, weight, q)
 
 
 def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor], fmt: Format) -> WeightGroup:
@@ -364,9 +364,10 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
     error = norm = 0.0
     rows = max(1, _COMPARED[weight.device.type == "cpu"] // weight.shape[1])
+    buffer = torch.empty((min(rows, len(weight)), weight.shape[1]), device=weight.device)  # new memory is slow memory
     for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
         part = slice(start, start + rows)
-        original = weight[part].float()
+        original = buffer[: len(weight[part])].copy_(weight[part])
         decoded = QuantizedTensor(q.packed[part], q.block_scale[part], q.tensor_scale, q.amax, q.format).dequantize()
         error += _squared_norm(decoded.sub_(original))
         norm += _squared_norm(original)

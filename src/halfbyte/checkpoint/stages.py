@@ -5,13 +5,15 @@ All of it goes on at the same time, on every rank for its own share; what is in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .pipeline import Behind, Budget, read_ahead
@@ -26,6 +28,7 @@ _ON_DEVICE = 2  # groups
 _UNFINISHED = 2  # rounds that are written, but not synced by all ranks
 
 Progress = Callable[[int], None]  # called with the bytes of the source just finished
+Converted = tuple[dict[str, Tensor], list[Callable[[], WeightReport]]]
 Record = dict[str, Any]  # of a shard: "tensors" (name → SHA-256) and "weights" (reports, in any order)
 
 
@@ -38,7 +41,7 @@ class Unit:
         size, written: bytes of the source and of the output.
         on_device: whether what was read goes to the device.
         read: the source's tensors; its argument says whether to put them into pinned memory.
-        convert: from these, on the device or not, the output's tensors and how the weights fared.
+        convert: from these, on the device or not, the output's tensors, and what tells how each weight fared.
     """
 
     file: str
@@ -46,7 +49,7 @@ class Unit:
     written: int
     on_device: bool
     read: Callable[[bool], list[Tensor]]
-    convert: Callable[[list[Tensor]], tuple[dict[str, Tensor], list[WeightReport]]]
+    convert: Callable[[list[Tensor]], Converted]
 
 
 @dataclass(eq=False)
@@ -108,15 +111,18 @@ class Stages:
             with (
                 Behind("finish", self._budget) as finisher,
                 ThreadPoolExecutor(_HASHING, "hash") as hashing,
+                _one_thread_each() as reporting,
                 Behind("write", self._budget) as writer,
             ):
-                self._run(finisher, hashing, writer, progress)
+                self._run(finisher, hashing, reporting, writer, progress)
         except BaseException:
             for opened in self._opened:
                 opened.abort()
             raise
 
-    def _run(self, finisher: Behind, hashing: ThreadPoolExecutor, writer: Behind, progress: Progress) -> None:
+    def _run(
+        self, finisher: Behind, hashing: Executor, reporting: Executor, writer: Behind, progress: Progress
+    ) -> None:
         items = [(number, unit) for number, units in enumerate(self._mine) for unit in units]
         ended = 0
 
@@ -130,9 +136,10 @@ class Stages:
         for (number, unit), read in read_ahead(items, self._read, lambda item: item[1].size, self._budget):
             finisher.check()
             end_rounds(number)
-            tensors, reports = unit.convert(self._staging.received(read))
+            tensors, tellers = unit.convert(self._staging.received(read))
+            reports = [_now(tell) if self._goes(unit) else reporting.submit(tell) for tell in tellers]
             tensors = self._staging.fetch(tensors)
-            del read
+            del read, tellers
             if self._goes(unit):
                 self._on_device.give(1)
             hashes = {name: hashing.submit(tensor_digest, tensor) for name, tensor in tensors.items()}
@@ -153,7 +160,11 @@ class Stages:
         return unit.on_device and self._staging.is_pinned
 
     def _write(
-        self, unit: Unit, tensors: dict[str, Tensor], hashes: dict[str, Future[str]], reports: list[WeightReport]
+        self,
+        unit: Unit,
+        tensors: dict[str, Tensor],
+        hashes: dict[str, Future[str]],
+        reports: list[Future[WeightReport]],
     ) -> None:
         part = self._parts.get(unit.file)
         if part is None:
@@ -163,7 +174,7 @@ class Stages:
         for name, tensor in tensors.items():
             part.writer.write(name, tensor)
         part.digests |= {name: digest.result() for name, digest in hashes.items()}
-        part.weights += [report.to_json() for report in reports]
+        part.weights += [report.result().to_json() for report in reports]
         self._budget.give(unit.size)
 
     def _end(self, number: int, finisher: Behind) -> None:
@@ -185,6 +196,28 @@ class Stages:
                     record["weights"] += theirs[file]["weights"]
             self._finish(file, record)
         self._unfinished.give(1)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[Executor]:
+    """As many threads as torch uses, each of which computes by itself.
+
+    Reports are many small operations. Torch would have all its threads meet at the end of each, which takes longer
+    than the operation where the threads of other stages are in the way.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "report", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # for threads that are still to come; this one kept its own number
+
+
+def _now(tell: Callable[[], WeightReport]) -> Future[WeightReport]:
+    """On a GPU, in the order of its stream."""
+    done: Future[WeightReport] = Future()
+    done.set_result(tell())
+    return done
 
 
 class _Share:
