@@ -103,7 +103,7 @@ class Stages:
         self._unfinished = Budget(_UNFINISHED, also=self._on_device)
         self._budget = Budget(memory, also=self._unfinished)
         self._parts: dict[str, _Part] = {}  # of the round that is being written
-        self._opened: list[ShardWriter] = []
+        self._opened: set[ShardWriter] = set()
 
     def run(self, progress: Progress) -> None:
         """Do it; on an error, shards that are not whole are removed."""
@@ -169,7 +169,7 @@ class Stages:
         part = self._parts.get(unit.file)
         if part is None:
             writer = ShardWriter(self._directory / unit.file, self._shards[unit.file], self._temporary)
-            self._opened.append(writer)
+            self._opened.add(writer)
             part = self._parts[unit.file] = _Part(writer)
         for name, tensor in tensors.items():
             part.writer.write(name, tensor)
@@ -188,6 +188,8 @@ class Stages:
             part.writer.sync()
         own = {file: {"tensors": part.digests, "weights": part.weights} for file, part in parts.items()}
         everyone: list[dict[str, Record]] = self._ranks.agree(own)
+        if self._ranks.rank > 0:  # rank 0 is about to rename them
+            self._forget(parts)
         for file in self._rounds[number]:
             record: Record = {"tensors": {}, "weights": []}
             for theirs in everyone:
@@ -195,7 +197,12 @@ class Stages:
                     record["tensors"] |= theirs[file]["tensors"]
                     record["weights"] += theirs[file]["weights"]
             self._finish(file, record)
+        self._forget(parts)
         self._unfinished.give(1)
+
+    def _forget(self, parts: dict[str, _Part]) -> None:
+        """These are whole, and no longer removed on an error."""
+        self._opened.difference_update([part.writer for part in parts.values()])
 
 
 @contextlib.contextmanager
