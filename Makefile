@@ -21,7 +21,7 @@ test: $(READY) lint
 # Where packages are installed already: PYTHONPATH=src python3 -m pytest -q -n 8 -m gpu tests, python3 benchmarks.
 test-gpu: $(READY)
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU")'
-	$(BIN)/python -m pytest -q -n 8 --dist worksteal -m gpu tests/kernels tests/calib tests/export tests/test_tensor_gpu.py
+	$(BIN)/python -m pytest -q -n 8 --dist worksteal -m gpu tests/kernels tests/calib tests/checkpoint tests/export tests/test_tensor_gpu.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks --json
