@@ -89,3 +89,18 @@ def test_batch_invariance(tmp_path: Path) -> None:
         for how in ("W4A4", "weights"):
             equal(found[f"{how}, batch-invariant"], {"mean": 0.0, "max": 0.0}, how)
             true(found[how]["mean"] > 0, f"{how}: equal without batch invariance too")
+
+
+@pytest.mark.slow
+def test_conversion(tmp_path: Path) -> None:
+    """Each number of ranks in processes of their own: most of the time is imports."""
+    file = tmp_path / "convert.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "convert.py"), "--small", "--ranks", "1,2", "--device", "cpu"]
+    command += ["--directory", str(tmp_path), "--max-shard-gb", "0.001", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    equal(done.returncode, 0, done.stderr[-2000:])
+    true("all 4 outputs have the same bytes" in done.stdout, done.stdout)
+    result = json.loads(file.read_text())
+    equal([row["ranks"] for row in result["rows"]], [1, 2])
+    true(all(row["shards"] > 2 and row["dropped"]["times_copy"] > 0 for row in result["rows"]), str(result["rows"]))
+    equal([path.name for path in tmp_path.iterdir()], ["convert.json"])

@@ -37,7 +37,8 @@ app = typer.Typer(
     "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run` · "
     "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8` · "
     "`halfbyte convert deepseek-ai/DeepSeek-V3.1 out --format mxfp8` · "
-    "`halfbyte convert ./model out --resume`"
+    "`halfbyte convert ./model out --resume` · "
+    "`torchrun --nproc-per-node 8 -m halfbyte convert ./model out`"
 )
 def convert(
     ctx: typer.Context,
@@ -101,10 +102,16 @@ def convert(
     from .checkpoint.hub import resolve
     from .checkpoint.journal import working_directory
     from .checkpoint.plan import make_plan
+    from .checkpoint.ranks import Ranks, join, part, share_cores
     from .checkpoint.sources import open_source
     from .report.console import plan_json, print_plan, print_report, report_json
 
     with errors(as_json):
+        where, _ = join(usable_device(device))
+        ranks = Ranks.current()
+        share_cores(ranks)
+    with errors(as_json, ranks), ranks.leaving(), ranks.telling():
+        first = ranks.rank == 0
         options = _recipe_options(ctx, recipe, changes, layout) or Options(
             format=_format(format, scale_rule, error, e4m3_max, error_arithmetic),
             layout=cast(Layout, layout),
@@ -127,25 +134,32 @@ def convert(
         checkpoint = open_source(source, requantize=requantize)
         if dry_run:
             plan = make_plan(checkpoint, options)
-            emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
+            if first:
+                emit(as_json, lambda: plan_json(plan, options), lambda console: print_plan(console, plan, options))
             return
-        if options.activations == "constant":
+        if options.activations == "constant" and first:
             warn(
                 "input scale 1.0 everywhere: right for engines that scale activations per token; those with a static "
                 "scale clip activations beyond 2688 and flush small ones"
             )
-        with resumable(working_directory(out_dir)), progress("convert", checkpoint.nbytes) as advance:
+        with (
+            resumable(working_directory(out_dir), first),
+            progress("convert", checkpoint.nbytes, first) as advance,
+        ):
             report = run(
                 source,
                 out_dir,
                 options,
-                device=usable_device(device),
+                device=where,
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 resume=resume,
                 requantize=requantize,
+                ranks=ranks,
                 progress=advance,
             )
-        emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
+        part()
+        if first:
+            emit(as_json, lambda: report_json(report), lambda console: print_report(console, report))
 
 
 app.command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -43,9 +43,10 @@ def calibrate(
     import torch
 
     from .calib.calibrate import calibrate as run
-    from .calib.calibrate import join_ranks, model_windows
+    from .calib.calibrate import model_windows
     from .calib.options import Calibration
     from .checkpoint.hub import resolve
+    from .checkpoint.ranks import join, part
     from .recipe import load_recipe
     from .report.calibration import print_calibration, summary_json, watched
 
@@ -65,7 +66,7 @@ def calibrate(
             dtype=getattr(torch, dtype),
             spill=int(spill_gb * 1e9),
         )
-        where, rank = join_ranks(usable_device(device))
+        where, rank = join(usable_device(device))
         source = resolve(model)
         windows = model_windows(source, data, samples, sequence_length)
         with watched(rank == 0) as show:
@@ -80,9 +81,11 @@ def calibrate(
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 progress=show,
             )
-        if report is None:
+        part()
+        if rank > 0:
             return
-        found: Any = report
         for sentence in summary.warnings:
             warn(sentence)
-        emit(as_json, lambda: summary_json(found, summary), lambda console: print_calibration(console, found, summary))
+        emit(
+            as_json, lambda: summary_json(report, summary), lambda console: print_calibration(console, report, summary)
+        )

@@ -11,13 +11,16 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .errors import FormatError, HalfbyteError
+
+if TYPE_CHECKING:
+    from .checkpoint.ranks import Ranks
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …")]
@@ -69,14 +72,17 @@ def escape(message: str) -> str:
 
 
 @contextlib.contextmanager
-def errors(as_json: bool) -> Iterator[None]:
-    """Bad input becomes one message and exit code 2."""
+def errors(as_json: bool, ranks: Ranks | None = None) -> Iterator[None]:
+    """Bad input becomes one message and exit code 2; of several ranks, those say it that should."""
     try:
         yield
-    except HalfbyteError as error:
-        fail(str(error), as_json)
-    except OSError as error:
-        fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), as_json)
+    except (HalfbyteError, OSError) as error:
+        if ranks is not None and not ranks.speaks:
+            raise typer.Exit(2) from error
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        fail(message, as_json and (ranks is None or ranks.rank == 0))
 
 
 class _Stopped(BaseException):
@@ -84,9 +90,9 @@ class _Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def resumable(work: Path) -> Iterator[None]:
+def resumable(work: Path, speaks: bool = True) -> Iterator[None]:
     """Whatever stops the command, Ctrl-C and SIGTERM included, ends with how to go on, if that is possible."""
-    from .checkpoint.journal import is_interrupted
+    from .checkpoint.journal import comes_again, is_interrupted
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)
@@ -97,8 +103,7 @@ def resumable(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        comes_again = isinstance(error, HalfbyteError) and not isinstance(error.__cause__, OSError)
-        if is_interrupted(work) and not comes_again:
+        if speaks and is_interrupted(work) and not comes_again(error):
             arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
             command = shlex.join(["halfbyte", *arguments, "--resume"])
             text = f"stopped; what is finished is kept in {escape(str(work))}. Go on with: {escape(command)}"
@@ -114,11 +119,11 @@ def resumable(work: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int | None, wanted: bool = True) -> Iterator[Callable[[int], None]]:
     """A bar that counts bytes, where someone looks at it."""
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
 

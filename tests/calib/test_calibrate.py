@@ -1,6 +1,7 @@
 """From a model and token windows to a checkpoint: dense and MoE, whole and resumed, on one rank and on two."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
 import halfbyte
-from halfbyte import MXFP8, NVFP4, CheckpointError
+from halfbyte import MXFP8, NVFP4, CheckpointError, ShapeError
 from halfbyte.calib.calibrate import calibrate, model_windows
 from halfbyte.calib.data import Windows
 from halfbyte.calib.gptq import GPTQ
 from halfbyte.calib.options import Calibration
 from halfbyte.calib.runner import Summary
+from halfbyte.calib.step import Step
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.recompute import verify_source
@@ -214,25 +217,44 @@ def test_spilled_activations_change_nothing(tmp_path: Path) -> None:
 
 
 def _rank(rank: int, where: Path) -> None:
+    """One of two: a whole calibration; one that fails in layer 1, on rank 1; and one in which rank 1 dies there."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{where / 'meet'}", rank=rank, world_size=2)
-    try:
-        run(where / "source", where / "two", **W4A4)
-    finally:
-        dist.destroy_process_group()
+    run(where / "source", where / "two", **W4A4)
+    forward = Step._forward
+
+    def fails(self: Step, *arguments: Any, **keywords: Any) -> None:
+        if self.index == 1 and rank == 1:
+            raise ShapeError("no luck")
+        forward(self, *arguments, **keywords)
+
+    Step._forward = fails  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="^layer 1: no luck$" if rank == 1 else "^rank 1: layer 1: no luck$"):
+        run(where / "source", where / "failed", **W4A4)
+    (where / f"{rank}.told").touch()
+    Step._forward = lambda self, *a, **k: os._exit(9) if self.index == 1 and rank == 1 else forward(self, *a, **k)
+    run(where / "source", where / "died", **W4A4)
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(tmp_path: Path) -> None:
+    """Both at once, or a single process that goes on with what two have left."""
     source = models.moe().save(tmp_path / "source")
+    with pytest.raises(ProcessExitedException, match="exit code 9"):
+        torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+    true((tmp_path / "0.told").exists() and (tmp_path / "1.told").exists(), "an error that does not reach both")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run(source, tmp_path / "one", **W4A4)
+        for name in ("failed", "died"):
+            true((tmp_path / f"{name}.partial" / "layer-00000.json").exists(), f"{name}: layer 0 is not kept")
+            run(source, tmp_path / name, resume=True, **W4A4)
     finally:
         torch.set_num_threads(threads)
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
-    equal(files(tmp_path / "one"), files(tmp_path / "two"))
+    for name in ("two", "failed", "died"):
+        equal(files(tmp_path / "one"), files(tmp_path / name), name)
+        true(not (tmp_path / f"{name}.partial").exists(), f"{name}: left something")
 
 
 def test_mixed_formats(tmp_path: Path) -> None:

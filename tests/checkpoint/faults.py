@@ -11,6 +11,8 @@ The system calls that change a disk are counted; `at` says at which of them what
     SIGTERM, SIGINT   sent to the process itself before the call
     short       every write writes a part only
     zero        every write writes nothing
+With "ranks", as many processes carry one conversion out, and what goes wrong does so on the one named "faulty"; it may
+also be an error ("error") at the tensor that "raises" begins the name of.
 """
 
 import errno
@@ -71,6 +73,12 @@ def main() -> None:
             answer: Any = {}
         elif order["do"] == "pair":
             answer = [finish(child) for child in [start(convert, halfbyte.cli, order) for _ in range(2)]]
+        elif order["do"] == "ranks":
+            children = [start(convert, halfbyte.cli, of_rank(order, rank)) for rank in range(order["ranks"])]
+            if "kill_after_seconds" in order:
+                time.sleep(order["kill_after_seconds"])
+                os.kill(children[order["faulty"]][0], signal.SIGKILL)
+            answer = [finish(child) for child in children]
         else:
             child = start(convert, halfbyte.cli, order)
             if "kill_after_seconds" in order:
@@ -78,6 +86,14 @@ def main() -> None:
                 os.kill(child[0], signal.SIGKILL)
             answer = finish(child)
         print(json.dumps(answer), flush=True)
+
+
+def of_rank(order: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What is told to all, but for what goes wrong, which does so on one."""
+    changed = order | {"rank": rank}
+    if rank != order.get("faulty"):
+        changed = {k: v for k, v in changed.items() if k not in ("fault", "at", "raises")}
+    return changed
 
 
 def start(convert: Any, cli: Any, order: dict[str, Any]) -> tuple[int, int]:
@@ -123,6 +139,15 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
     if "quantize_seconds" in order:
         original = convert.quantize_groups
         convert.quantize_groups = lambda *a: (time.sleep(order["quantize_seconds"]), original(*a))[1]
+    if "raises" in order:
+        original_read = convert.read_group
+
+        def read(checkpoint: Any, group: Any, **keywords: Any) -> Any:
+            if group[0].name.full.startswith(order["raises"]):
+                raise {"source": CheckpointError, "memory": MemoryError}[order["error"]]("no luck")
+            return original_read(checkpoint, group, **keywords)
+
+        convert.read_group = read
     try:
         convert.convert(
             Path(order["source"]),
@@ -130,11 +155,26 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
             convert.Options(kv_cache="fp8"),
             max_shard_bytes=order["max_shard_bytes"],
             resume=order.get("resume", False),
+            ranks=meet(order) if "rank" in order else None,
         )
     except CheckpointError as error:
         print(error, flush=True)
         return 2
     return 0
+
+
+def meet(order: dict[str, Any]) -> Any:
+    import socket
+
+    from torch import distributed as dist
+
+    from halfbyte.checkpoint.ranks import Ranks
+
+    if "hosts" in order:
+        socket.gethostname = lambda: order["hosts"][order["rank"]]
+    world = {"rank": order["rank"], "world_size": order["ranks"]}
+    dist.init_process_group("gloo", init_method=f"file://{order['meet']}", **world)
+    return Ranks.current()
 
 
 def inject(order: dict[str, Any]) -> list[str]:

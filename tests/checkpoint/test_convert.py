@@ -236,7 +236,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors against ones computed in float64; and every tensor is read exactly once."""
     reads: list[str] = []
     read = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name, index=(): reads.append(name) or read(self, name, index))
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name, *a, **k: reads.append(name) or read(self, name, *a, **k))
     model = models.moe()
     done: list[int] = []
     report = convert(model.save(tmp_path / "source", 7), tmp_path / "out", Options(), progress=done.append)

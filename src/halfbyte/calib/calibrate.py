@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..checkpoint.convert import DEFAULT_SHARD_BYTES, Report, convert
 from ..checkpoint.options import Options
@@ -32,26 +31,26 @@ def calibrate(
     resume: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda text, share: None,
-) -> tuple[Report | None, Summary]:
+) -> tuple[Report, Summary]:
     """Calibrate a model directory and write the result, which appears whole or not at all.
 
     Layers that are done are kept in `OUTPUT.partial` until then; with resume=True, an interrupted calibration goes on
-    from there and ends with the same bytes. Under torch.distributed, call it on every rank: rank 0 writes, and the
-    others get None for a report.
+    from there and ends with the same bytes. Under torch.distributed, call it on every rank.
 
     Raises:
-        CheckpointError: anything wrong with the source, the options for it, the data or the output place.
+        CheckpointError: anything wrong with the source, the options for it, the data or the output place; or another
+            rank's error.
         UnsupportedError: transformers is not installed, or cannot show what is needed.
     """
-    if output.exists():
-        raise CheckpointError(f"{output}: already exists; choose another output directory or remove it")
     work = output.with_name(f"{output.name}.partial")
-    store, summary = run(
-        open_source(source), options, calibration, windows, work, device=device, resume=resume, progress=progress
-    )
     ranks = Ranks.current()
-    report = None
-    if ranks.rank == 0:
+    with ranks.job.leaving():
+        with ranks.together():
+            if output.exists():
+                raise CheckpointError(f"{output}: already exists; choose another output directory or remove it")
+            checkpoint = open_source(source)
+        arguments = (checkpoint, options, calibration, windows, work)
+        store, summary = run(*arguments, device=device, resume=resume, ranks=ranks, progress=progress)
         progress("writing", 1.0)
         report = convert(
             source,
@@ -62,23 +61,11 @@ def calibrate(
             max_shard_bytes=max_shard_bytes,
             resume=resume,
             work=work / "conversion",
+            ranks=ranks.job,
         )
-        shutil.rmtree(work)
-    ranks.wait()
+        if ranks.rank == 0:
+            shutil.rmtree(work)
     return report, summary
-
-
-def join_ranks(device: str) -> tuple[str, int]:
-    """Under torchrun, join the other processes; returns this one's device and rank."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
-        return device, 0
-    cuda = device.startswith("cuda")
-    if cuda:
-        device = f"cuda:{dist.get_node_local_rank()}"
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return device, dist.get_rank()
 
 
 def model_windows(source: Path, data: Path | None, samples: int, sequence_length: int) -> Windows:

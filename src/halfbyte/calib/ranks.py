@@ -8,13 +8,15 @@ Floating point never sees another order.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoint import ranks as job
 from ..errors import UnsupportedError
 
 SPANS = 8
@@ -22,14 +24,19 @@ SPANS = 8
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that calibrate together."""
+    """This process among those that calibrate together.
+
+    Attributes:
+        job: the same ranks as those that convert what was calibrated.
+    """
 
     rank: int = 0
     world: int = 1
+    job: job.Ranks = field(default_factory=job.Ranks)
 
     @classmethod
     def current(cls) -> Ranks:
-        """As torch.distributed has it; a single one where that is not in use.
+        """As torch.distributed has it, called by all ranks; a single one where that is not in use.
 
         Raises:
             UnsupportedError: there are more than eight.
@@ -38,7 +45,7 @@ class Ranks:
             return cls()
         if dist.get_world_size() > SPANS:
             raise UnsupportedError(f"{dist.get_world_size()} ranks: calibration splits samples over at most {SPANS}")
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), job.Ranks.current())
 
     def owner(self, span: int) -> int:
         """The rank that runs a span."""
@@ -79,7 +86,6 @@ class Ranks:
         dist.broadcast_object_list(values, owner)
         return torch.load(io.BytesIO(values[0]), weights_only=False, map_location="cpu")
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.world > 1:
-            dist.barrier()
+    def together(self) -> AbstractContextManager[None]:
+        """Work of each rank by itself; if it fails on one, all raise its error after it."""
+        return self.job.together()

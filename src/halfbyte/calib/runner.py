@@ -60,15 +60,18 @@ def run(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    ranks: Ranks | None = None,
     progress: Progress = lambda text, share: None,
 ) -> tuple[Store, Summary]:
     """Calibrate; results go to the directory `work`, layer by layer.
+
+    ranks: `Ranks.current()` where several processes do it together; by default this one does it alone.
 
     Raises:
         CheckpointError: something is wrong with the source, the options for it, or `work`; the model gives NaN.
         UnsupportedError: transformers is missing, or a layer has weights that cannot be observed.
     """
-    ranks = Ranks.current()
+    ranks = ranks or Ranks()
     plan = make_plan(checkpoint, options)
     settings = {
         "halfbyte_version": __version__,
@@ -81,20 +84,25 @@ def run(
     experts.register()
     progress("building the model", 0.0)
     decoder = open_decoder(checkpoint, plan, calibration.dtype, device, calibration.layers_path)
-    if ranks.rank == 0:
-        store = Store(work, settings, resume=resume)
-    ranks.wait()
-    if ranks.rank > 0:
-        store = Store(work, settings, resume=True)
+    with ranks.together():
+        if ranks.rank == 0:
+            store = Store(work, settings, resume=resume)
+    with ranks.together():
+        if ranks.rank > 0:
+            store = Store(work, settings, resume=True)
     groups = _groups(plan, decoder)
     with _nothing_left_without_layers(store, ranks), tempfile.TemporaryDirectory(dir=work) as spilled:
-        states = Activations(windows.ids, ranks, Path(spilled), calibration.spill)
-        embed(decoder, states, device)
+        with ranks.together():
+            states = Activations(windows.ids, ranks, Path(spilled), calibration.spill)
+            embed(decoder, states, device)
         for index, layer in enumerate(decoder.layers):
             progress(f"layer {index + 1} of {len(decoder.layers)}", index / len(decoder.layers))
             step = Step(checkpoint, decoder, index, groups[index], options, calibration, ranks, device)
             step.run(store, states)
             empty(layer)
+        with ranks.together():  # rank 0 has saved everything by now
+            if ranks.rank > 0:
+                store = Store(work, settings, resume=True)
     return store, summarize(store)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint.manifest import format_to_json
 from ..checkpoint.options import Options
+from ..checkpoint.ranks import deal
 from ..checkpoint.shards import Checkpoint
 from ..errors import CheckpointError, ShapeError
 from ..tensor import QuantizedTensor
@@ -44,13 +45,15 @@ class Step:
         """Fill the layer, observe and quantize it unless that was done before, and send the samples through."""
         read = layer_reader(self.checkpoint, self.items, self.layer)
         where = f"{self.checkpoint.directory}: layer {self.index}"
-        fill(self.layer, "layer", read, self.device, self.calibration.dtype, where)
-        digest = source_digest(self._read, list(self.items))
+        with self.ranks.together():
+            fill(self.layer, "layer", read, self.device, self.calibration.dtype, where)
+            digest = source_digest(self._read, list(self.items))
         done = store.layers.get(self.index)
         if done is None:
             tensors, summary = self._calibrate(states)
-            if self.ranks.rank == 0:
-                store.save(self.index, tensors, {**summary, "source": digest})
+            with self.ranks.together():
+                if self.ranks.rank == 0:
+                    store.save(self.index, tensors, {**summary, "source": digest})
             decoded = self._decoded
         elif done["source"] != digest:
             raise CheckpointError(f"{where}: its weights have changed since; remove {store.directory} to begin again")
@@ -77,6 +80,7 @@ class Step:
         with ExitStack() as stack:
             counts = stack.enter_context(experts.observed(self.layer, sites, self.calibration.every_expert))
             caches = stack.enter_context(attention.observed(self.layer, self.options.kv_cache == "fp8_calibrated"))
+            stack.enter_context(self.ranks.together())
             for span in states.batches:
                 try:
                     self._forward(span, states, keep=False)
@@ -117,22 +121,34 @@ class Step:
         return sites
 
     def _quantize(self, found: dict[str, Statistics]) -> dict[str, Tensor]:
-        """Quantize the groups, dealt out to the ranks in turn."""
+        """Quantize the groups, each on one rank: the costliest first, to whichever has least to do.
+
+        Every rank is through with its own groups before any is exchanged; else they would wait for one another.
+        """
         quantizer = Quantizer(self.calibration.gptq)
+        everyone = range(self.ranks.world)
+        owners = deal([self._cost(group) for group in self.groups], everyone, [0 for _ in everyone])
+        results: dict[int, tuple[list[QuantizedTensor], GroupReport]] = {}
+        with self.ranks.together():
+            for number, group in enumerate(self.groups):
+                if owners[number] == self.ranks.rank:
+                    weights = [self._read(member.local).to(self.device) for member in group]
+                    results[number] = quantizer(group, weights, found[group[0].local.removesuffix(".weight")])
         self._decoded: dict[str, QuantizedTensor] = {}
         self._reports: list[GroupReport] = []
         tensors: dict[str, Tensor] = {}
         for number, group in enumerate(self.groups):
-            result = None
-            if number % self.ranks.world == self.ranks.rank:
-                weights = [self._read(member.local).to(self.device) for member in group]
-                result = quantizer(group, weights, found[group[0].local.removesuffix(".weight")])
-            quantized, report = self.ranks.object(result, number % self.ranks.world)
+            quantized, report = self.ranks.object(results.pop(number, None), owners[number])
             self._reports.append(report)
             for member, q in zip(group, quantized, strict=True):
                 self._decoded[member.name] = q
                 tensors |= weight_tensors(member.name, q)
         return tensors
+
+    def _cost(self, group: list[Member]) -> int:
+        """Of GPTQ, about: a Hessian's factors, then each column of the weights against all later ones."""
+        columns = self.items[group[0].local].shape[1]
+        return columns**2 * (columns + sum(self.items[member.local].shape[0] for member in group))
 
     def _inputs(self, found: dict[str, Statistics]) -> tuple[dict[str, Tensor], list[str]]:
         """Maxima of all modules' inputs; one that no token reached takes its siblings' largest."""

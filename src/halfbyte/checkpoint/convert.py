@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ from ..tensor import QuantizedTensor
 from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
 from .exclusion import target_list
-from .journal import Journal, differences, working_directory
+from .files import TEMPORARY
+from .journal import MODEL, Journal, differences, said, working_directory
 from .manifest import choices, write_manifest
 from .options import Options
-from .pipeline import Budget, WriteBehind, read_ahead
 from .plan import Plan, Planned, make_plan, text_config
-from .recorded import RecordedShards, finished_shards, source_files
+from .ranks import Ranks
+from .recorded import finished_shards, source_files
 from .result import Encoded, is_search
 from .result import Report as Report
 from .result import WeightReport as WeightReport
@@ -39,16 +41,19 @@ from .shards import (
     Fetched,
     TensorInfo,
     copy_companions,
+    publish,
     write_json,
 )
 from .sources import DecodedCheckpoint, open_source
+from .stages import Converted, Record, Stages, Unit
+from .stages import Progress as Progress
+from .staging import Staging
 from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MEMORY = 1_000_000_000
 """Bytes of the source that are held at once, unless a single group is larger."""
-_COMPARED = 1 << 24  # elements
-Progress = Callable[[int], None]  # called with the bytes of the source just finished
+_COMPARED = 1 << 24, 1 << 20  # elements at once, on a GPU and on a CPU
 
 
 def convert(
@@ -62,12 +67,13 @@ def convert(
     resume: bool = False,
     requantize: bool = False,
     work: Path | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda done: None,
 ) -> Report:
     """Convert a model directory into a new one, which appears whole or not at all.
 
-    The bytes of the output depend on the weights and the options alone, not on how the source is sharded; and on what
-    `calibrated` gives, which is written as it is.
+    The bytes of the output depend on the weights and the options alone, not on how the source is sharded nor on how
+    many ranks convert; and on what `calibrated` gives, which is written as it is.
 
     Until it is whole, the output is in `work` (OUTPUT.partial by default). What is finished stays there when a
     conversion is interrupted; with resume=True the next one goes on from there, and ends with the same bytes.
@@ -75,44 +81,67 @@ def convert(
     A source that is quantized already, to FP8, MXFP8 or MXFP4, is taken as what it decodes to (docs/sources.md); with
     requantize=True also one that is NVFP4.
 
+    ranks: `Ranks.current()` where several processes of torch.distributed convert together; then all of them call this
+    with the same arguments, but for `device` and `progress`, and share a file system. Each returns the report.
+
     Raises:
         CheckpointError: anything wrong with the source, the options for it, or the output place; nothing is left
-            behind then. Or the disk failed, which says where to go on from; or there is something else to resume.
+            behind then. Or the disk failed, which says where to go on from; or there is something else to resume. Or
+            another rank failed: then it is that rank's error.
     """
     start = time.monotonic()
-    checkpoint = open_source(source, requantize=requantize)
-    plan = make_plan(checkpoint, options)
-    if calibrated is None and (reason := options.needs_data):
-        raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
-    calibration = None if calibrated is None else calibrated.to_json()
-    shards = shard(output_entries(plan, options), max_shard_bytes)
-    sizes = {name: TensorInfo("", *entry).nbytes for entries in shards.values() for name, entry in entries.items()}
-    unchanged = source_files(checkpoint)
-    settings = {**choices(options, calibration), "max_shard_bytes": max_shard_bytes, "source": unchanged}
-    with Journal(work or working_directory(output), output, settings, resume=resume) as journal:
-        finished = finished_shards(journal, shards)
-        todo = {file: entries for file, entries in shards.items() if file not in finished}
-        _write_shards(checkpoint, plan, options, calibrated, device, todo, journal, progress)
-        if differing := differences(unchanged, source_files(checkpoint)):
-            raise CheckpointError(f"{source}: was changed while it was converted: {differing[0]}; begin again")
-        digests = {name: digest for file in shards for name, digest in journal.records[file]["tensors"].items()}
-        if not journal.is_renamed:
-            copy_companions(source, journal.model)
-            write_manifest(journal.model, options, digests, calibration)
-            if len(shards) > 1:
-                weight_map = {name: file for file, entries in shards.items() for name in entries}
-                write_index(journal.model, weight_map, sum(sizes.values()))
-            write_configs(journal.model, checkpoint, plan, options)
-        journal.finish()
-        reports = [WeightReport.from_json(data) for file in shards for data in journal.records[file]["weights"]]
+    ranks = ranks or Ranks()
+    work = work or working_directory(output)
+    with ranks.leaving(), ranks.telling():
+        checkpoint = open_source(source, requantize=requantize)
+        plan = make_plan(checkpoint, options)
+        if calibrated is None and (reason := options.needs_data):
+            raise CheckpointError(f"{reason} needs calibration data: use `halfbyte calibrate`")
+        calibration = None if calibrated is None else calibrated.to_json()
+        shards = shard(output_entries(plan, options), max_shard_bytes)
+        unchanged = source_files(checkpoint)
+        settings = {**choices(options, calibration), "max_shard_bytes": max_shard_bytes, "source": unchanged}
+        if differing := differences(ranks.agree(settings)[0], settings):
+            raise CheckpointError(f"rank {ranks.rank} does not do what rank 0 does: {differing[0]} here")
+        first = ranks.rank == 0
+        with Journal(work, output, settings, resume=resume) if first else nullcontext() as journal, _told(ranks, work):
+            begun = None if journal is None else (journal.records, journal.is_renamed, uuid.uuid4().hex[:8])
+            records, is_renamed, job = ranks.agree(begun)[0]
+            where = output if is_renamed else work / MODEL
+            finished = finished_shards(where, shards, records, ranks)
+            if is_renamed and len(finished) < len(shards):
+                raise CheckpointError(f"{where}: already exists, and is not what was converted; remove it")
+            temporary = TEMPORARY if ranks.world == 1 else f".{job}{TEMPORARY}"
+
+            def finish(file: str, record: Record) -> None:
+                records[file] = record
+                if journal is not None:
+                    publish(where / file, temporary)
+                    journal.record(file, record)
+
+            todo = {file: entries for file, entries in shards.items() if file not in finished}
+            units = list(_units(checkpoint, plan, options, calibrated, device, shards))
+            progress(sum(unit.size for unit in units if unit.file in finished))
+            units = [unit for unit in units if unit.file in todo]
+            Stages(units, todo, ranks, Staging(device), where, temporary, MEMORY, finish).run(progress)
+            if differing := differences(unchanged, source_files(checkpoint)):
+                raise CheckpointError(f"{source}: was changed while it was converted: {differing[0]}; begin again")
+            ranks.agree()
+            if journal is not None:
+                if not is_renamed:
+                    _write_rest(where, checkpoint, plan, options, shards, records, calibration)
+                journal.finish()
+            ranks.agree()
+    by_name = {data["name"]: WeightReport.from_json(data) for file in shards for data in records[file]["weights"]}
+    reports = tuple(by_name[item.name.full] for item in plan.quantized)
     scales = {report.name: report.tensor_scale for report in reports}
     return Report(
         output=output,
         options=options,
         impl=ops.pick("auto", torch.device(device)),
-        weights=tuple(reports),
+        weights=reports,
         source_bytes=checkpoint.stored_bytes,
-        output_bytes=sum(sizes.values()),
+        output_bytes=_nbytes(shards),
         fused_groups=sum(len(group) > 1 for group in plan.groups),
         unequal_fused_scales=sum(len({scales.get(item.name.full) for item in group}) > 1 for group in plan.groups),
         to_search=sum(is_search(item.format) for item in plan),
@@ -135,47 +164,67 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, reports: Iterable[WeightReport]
     return Encoded(checkpoint.declared.what, len(decoded), kept, len(mxfp8), sum(mxfp8), checkpoint.left_out)
 
 
-def _write_shards(
+@contextlib.contextmanager
+def _told(ranks: Ranks, work: Path) -> Iterator[None]:
+    """Errors are told to the other ranks before this one tidies up; rank 0's journal says what can be done."""
+    with said(work) if ranks.rank > 0 else nullcontext(), ranks.telling():
+        yield
+
+
+def _write_rest(
+    where: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    shards: Mapping[str, Mapping[str, Entry]],
+    records: Mapping[str, Record],
+    calibration: dict[str, Any] | None,
+) -> None:
+    """What makes a model of the shards; the config is the last of it."""
+    copy_companions(checkpoint.directory, where)
+    digests = {name: digest for file in shards for name, digest in records[file]["tensors"].items()}
+    write_manifest(where, options, digests, calibration)
+    if len(shards) > 1:
+        write_index(where, {name: file for file, entries in shards.items() for name in entries}, _nbytes(shards))
+    write_configs(where, checkpoint, plan, options)
+
+
+def _nbytes(shards: Mapping[str, Mapping[str, Entry]]) -> int:
+    return sum(TensorInfo("", *entry).nbytes for entries in shards.values() for entry in entries.values())
+
+
+def _units(
     checkpoint: Checkpoint,
     plan: Plan,
     options: Options,
     calibrated: Calibrated | None,
     device: torch.device | str,
     shards: Mapping[str, Mapping[str, Entry]],
-    journal: Journal,
-    progress: Progress,
-) -> None:
-    """Read, quantize and write what belongs to these shards; the three overlap, and the order is the plan's."""
+) -> Iterator[Unit]:
+    """Every group, in the plan's order, and then the scales of KV caches."""
     file_of = {name: file for file, entries in shards.items() for name in entries}
-    every = [next(iter(group_entries(group, options))) in file_of for group in plan.groups]
-    groups = list(itertools.compress(plan.groups, every))
-    progress(sum(item.nbytes for item in plan) - sum(item.nbytes for group in groups for item in group))
 
-    def size(group: tuple[Planned, ...]) -> int:
-        return sum(item.nbytes for item in group)
+    def read(group: tuple[Planned, ...], pin: bool) -> list[Fetched]:
+        return fetch_group(checkpoint, group, pin=pin)
 
-    def read(group: tuple[Planned, ...]) -> list[Fetched]:
-        return fetch_group(checkpoint, group)
+    def convert(group: tuple[Planned, ...], fetched: list[Fetched]) -> Converted:
+        tensors: dict[str, Tensor] = {}
+        reports: list[Callable[[], WeightReport]] = []
+        for _, part, report in convert_group(checkpoint, group, options, device, calibrated, fetched):
+            tensors |= part
+            reports += [report] if report else []
+        return tensors, reports
 
-    def write(tensors: dict[str, Tensor], reports: list[WeightReport], held: int) -> None:
-        out.write(file_of[next(iter(tensors))], tensors, reports)
-        budget.give(held)
-
-    budget = Budget(MEMORY)
-    with closing(RecordedShards(journal, shards)) as out, WriteBehind(budget) as writer:
-        for group, fetched in read_ahead(groups, read, size, budget):
-            tensors: dict[str, Tensor] = {}
-            reports: list[WeightReport] = []
-            for _, part, report in convert_group(checkpoint, group, options, device, calibrated, fetched):
-                tensors |= part
-                reports += [report] if report else []
-
-            writer.submit(partial(write, tensors, reports, size(group)))
-            progress(size(group))
-            del fetched, tensors
-        scales = {name: t for name, t in kv_scales(plan, options, calibrated).items() if name in file_of}
-        if scales:
-            writer.submit(partial(write, scales, [], 0))
+    for group in plan.groups:
+        entries = group_entries(group, options)
+        size = sum(item.nbytes for item in group)
+        written = sum(TensorInfo("", *entry).nbytes for entry in entries.values())
+        on_device = group[0].format is not None or group[0].decoded
+        file = file_of[next(iter(entries))]
+        yield Unit(file, size, written, on_device, partial(read, group), partial(convert, group))
+    if entries := _kv_entries(plan, options):
+        file = file_of[next(iter(entries))]
+        yield Unit(file, 0, 0, False, lambda pin: [], lambda none: (kv_scales(plan, options, calibrated), []))
 
 
 def output_entries(plan: Plan, options: Options) -> list[dict[str, Entry]]:
@@ -220,8 +269,8 @@ def convert_group(
     device: torch.device | str,
     calibrated: Calibrated | None = None,
     fetched: list[Fetched] | None = None,
-) -> Iterator[tuple[Planned, dict[str, Tensor], WeightReport | None]]:
-    """The output tensors of each member of a group, quantized under one tensor scale.
+) -> Iterator[tuple[Planned, dict[str, Tensor], Callable[[], WeightReport] | None]]:
+    """The output tensors of each member of a group, quantized under one tensor scale; and what tells how it fared.
 
     fetched: what `fetch_group` gives for it, where that was done before.
     """
@@ -244,7 +293,7 @@ def convert_group(
                 f"{item.name.full}: calibrated as {list(q.shape)}, but its shape is {list(item.shape)}"
             )
         tensors = weight_tensors(options.layout, item.name.module, q, _input_scale(item, options, calibrated))
-        yield item, tensors, _report(item, weight, q)
+        yield item, tensors, partial(_report, item, weight, q)
 
 
 def kept_tensor(item: Planned, fetched: Fetched, device: torch.device | str = "cpu") -> Tensor:
@@ -258,9 +307,9 @@ def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: li
     return WeightGroup(fmt, weights, [item.name.full for item in group], where)
 
 
-def fetch_group(checkpoint: Checkpoint, group: tuple[Planned, ...]) -> list[Fetched]:
+def fetch_group(checkpoint: Checkpoint, group: tuple[Planned, ...], *, pin: bool = False) -> list[Fetched]:
     """The source's tensors of a group, read but not decoded."""
-    return [checkpoint.fetch(item.source, item.index) for item in group]
+    return [checkpoint.fetch(item.source, item.index, pin=pin) for item in group]
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:
@@ -338,10 +387,11 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
 
 def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
     error = norm = 0.0
-    rows = max(1, _COMPARED // weight.shape[1])
+    rows = max(1, _COMPARED[weight.device.type == "cpu"] // weight.shape[1])
+    buffer = torch.empty((min(rows, len(weight)), weight.shape[1]), device=weight.device)  # new memory is slow memory
     for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
         part = slice(start, start + rows)
-        original = weight[part].float()
+        original = buffer[: len(weight[part])].copy_(weight[part])
         decoded = QuantizedTensor(q.packed[part], q.block_scale[part], q.tensor_scale, q.amax, q.format).dequantize()
         error += _squared_norm(decoded.sub_(original))
         norm += _squared_norm(original)

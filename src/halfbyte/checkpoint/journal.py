@@ -50,7 +50,7 @@ class Journal:
         self._size = 0
         if not (resume and work.is_dir()):
             check_new(output)
-        with self._said():
+        with said(work):
             self._begin(resume)
             self._lock = Lock(work / LOCK)
             try:
@@ -80,6 +80,7 @@ class Journal:
         """Give the output its name, and remove the rest."""
         if not self.is_renamed:
             check_new(self.output)
+            self._remove_temporary()
             sync_directory(self.model)
             self.model.rename(self.output)
             sync_directory(self.output.absolute().parent)
@@ -91,25 +92,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, HalfbyteError) and not isinstance(error.__cause__, OSError):
+        if error is not None and comes_again(error):
             self._remove()
         self._lock.release()
         if error is not None:
-            with self._said():
+            with said(self.work):
                 raise error
-
-    @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
-        """Where the disk fails, say what can be done about it."""
-        try:
-            yield
-        except (OSError, CheckpointError) as error:
-            if isinstance(error, CheckpointError) and not isinstance(error.__cause__, OSError):
-                raise
-            what = str(error)
-            if isinstance(error, OSError):
-                what = f"{error.filename or self.work}: {error.strerror or error}"
-            raise CheckpointError(f"{what}; {kept(self.work)}") from error
 
     def _begin(self, resume: bool) -> None:
         if self.work.is_symlink():
@@ -154,9 +142,13 @@ class Journal:
         if not self.is_renamed:
             check_new(self.output)
             self.model.mkdir(exist_ok=True)
-            for path in self.model.iterdir():
-                if path.name.endswith(TEMPORARY):
-                    path.unlink()
+            self._remove_temporary()
+
+    def _remove_temporary(self) -> None:
+        """What a job that died left unfinished; one of its ranks may even have done so after this job began."""
+        for path in self.model.iterdir():
+            if path.name.endswith(TEMPORARY):
+                path.unlink()
 
     def _remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -169,6 +161,25 @@ class Journal:
 def working_directory(output: Path) -> Path:
     """Where a conversion works, until it is renamed to its output."""
     return output.parent / f"{output.name}.partial"
+
+
+@contextlib.contextmanager
+def said(work: Path) -> Iterator[None]:
+    """Where the disk fails, say what can be done about it."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        if comes_again(error):
+            raise
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"{error.filename or work}: {error.strerror or error}"
+        raise CheckpointError(f"{what}; {kept(work)}") from error
+
+
+def comes_again(error: BaseException) -> bool:
+    """Whether trying again is of no use: something is wrong with the source or the options, not with the machine."""
+    return isinstance(error, HalfbyteError) and not isinstance(error.__cause__, OSError)
 
 
 def kept(work: Path) -> str:

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: threads that keep the order, and hold a bounded number of bytes between them."""
+"""Reading ahead and working behind: threads that keep the order, and hold a bounded number of bytes between them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _WINDOW = 64  # items that wait to be read, by number
 
 
 class Budget:
-    """Bytes that may be in memory at once; a single item may be larger, but is alone then."""
+    """Bytes that may be in memory at once; a single item may be larger, but is alone then.
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used, self._closed = limit, 0, False
+    Or of something else that is counted. Closing it lets everyone who waits go on, since the work is over; `also` is
+    closed with it.
+    """
+
+    def __init__(self, limit: int, also: Budget | None = None) -> None:
+        self._limit, self._used, self._closed, self._also = limit, 0, False, also
         self._changed = threading.Condition()
 
     def take(self, size: int) -> None:
@@ -34,10 +38,12 @@ class Budget:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everyone who waits go on: the work is over."""
+        """Let everyone who waits go on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._also is not None:
+            self._also.close()
 
 
 def read_ahead(
@@ -71,41 +77,44 @@ def _next(pending: deque[tuple[T, Future[R]]]) -> tuple[T, R]:
     return item, future.result()
 
 
-class WriteBehind:
+class Behind:
     """A thread that carries out tasks in order; after one has failed, no other is begun.
 
-    `submit` and leaving raise what a task raised; leaving waits for all of them, or, with an error, for the one that
-    is running. A task that fails closes the budget, so that nobody waits for the others to make room.
+    `check`, `submit` and leaving raise what a task raised; leaving waits for all of them, or, with an error, for the
+    one that is running. A task that fails closes the budget, so that nobody waits for the others to make room.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, name: str, budget: Budget) -> None:
         self._budget = budget
-        self._pool = ThreadPoolExecutor(1, "write")
-        self._pending: deque[Future[None]] = deque()
-        self._failed = False
+        self._pool = ThreadPoolExecutor(1, name)
+        self._error: BaseException | None = None
+        self._stopped = False
 
-    def __enter__(self) -> WriteBehind:
+    def __enter__(self) -> Behind:
         return self
+
+    def check(self) -> None:
+        """Raise what a task raised."""
+        if self._error is not None:
+            raise self._error
 
     def submit(self, task: Callable[[], None]) -> None:
         """Have a task done, some time."""
-        self._pending.append(self._pool.submit(self._run, task))
-        while self._pending and self._pending[0].done():
-            self._pending.popleft().result()
+        self.check()
+        self._pool.submit(self._run, task)
 
     def _run(self, task: Callable[[], None]) -> None:
-        if self._failed:
+        if self._stopped:
             return
         try:
             task()
-        except BaseException:
-            self._failed = True
+        except BaseException as error:
+            self._error, self._stopped = error, True
             self._budget.close()
-            raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._failed = True
+            self._stopped = True
         self._pool.shutdown(cancel_futures=kind is not None)
-        while kind is None and self._pending:
-            self._pending.popleft().result()
+        if kind is None:
+            self.check()

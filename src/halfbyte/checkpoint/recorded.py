@@ -1,20 +1,18 @@
-"""A conversion's side of the journal: the source it began with, shards that are finished, shards being written."""
+"""A conversion's side of the journal: the source it began with, and shards that are finished."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..errors import CheckpointError, HalfbyteError
-from .journal import Journal
+from ..errors import HalfbyteError
+from .ranks import Ranks
 from .result import WeightReport
 from .schema import Entry
-from .shards import INDEX, Checkpoint, ShardWriter, companions, is_shard
+from .shards import INDEX, Checkpoint, companions, is_shard
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -28,17 +26,17 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     }
 
 
-def finished_shards(journal: Journal, shards: Mapping[str, Mapping[str, Entry]]) -> set[str]:
+def finished_shards(
+    where: Path, shards: Mapping[str, Mapping[str, Entry]], records: Mapping[str, Mapping[str, Any]], ranks: Ranks
+) -> set[str]:
     """Shards that need not be written again: recorded, and by their digests still what was recorded.
 
-    Raises:
-        CheckpointError: something else has taken the output's name.
+    Every rank looks at some of them, and knows of all.
     """
-    where = journal.output if journal.is_renamed else journal.model
-    known = [file for file in shards if file in journal.records]
+    known = [file for file in shards if file in records][ranks.rank :: ranks.world]
 
     def is_whole(file: str) -> bool:
-        record = journal.records[file]
+        record = records[file]
         try:
             for data in record["weights"]:
                 WeightReport.from_json(data)
@@ -47,34 +45,5 @@ def finished_shards(journal: Journal, shards: Mapping[str, Mapping[str, Entry]])
             return False  # not a record that this version would write
 
     with ThreadPoolExecutor() as pool:
-        finished = {file for file, whole in zip(known, pool.map(is_whole, known), strict=True) if whole}
-    if journal.is_renamed and len(finished) < len(shards):
-        raise CheckpointError(f"{where}: already exists, and is not what was converted; remove it")
-    return finished
-
-
-class RecordedShards:
-    """Shards that are written one after the other, each recorded as soon as it has all its tensors."""
-
-    def __init__(self, journal: Journal, shards: Mapping[str, Mapping[str, Entry]]) -> None:
-        self._journal, self._shards = journal, shards
-        self._stack = ExitStack()
-        self._digests: dict[str, str] = {}
-        self._weights: list[WeightReport] = []
-
-    def write(self, file: str, tensors: Mapping[str, Tensor], reports: list[WeightReport]) -> None:
-        """Write one group's tensors."""
-        if not self._digests:
-            self._writer = self._stack.enter_context(ShardWriter(self._journal.model / file, self._shards[file]))
-        self._digests |= {name: self._writer.write(name, tensor) for name, tensor in tensors.items()}
-        self._weights += reports
-        if len(self._digests) == len(self._shards[file]):
-            self._stack.close()
-            weights = [report.to_json() for report in self._weights]
-            self._journal.record(file, {"tensors": self._digests, "weights": weights})
-            self._digests, self._weights = {}, []
-
-    def close(self) -> None:
-        """Give up a shard that is not whole."""
-        error = CheckpointError("not whole")
-        self._stack.__exit__(type(error), error, None)
+        own = [file for file, whole in zip(known, pool.map(is_whole, known), strict=True) if whole]
+    return {file for found in ranks.agree(own) for file in found}

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import hashlib
 import json
+import operator
 import os
 import struct
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,7 +53,20 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-Fetched = Callable[[torch.device | str], Tensor]  # given a device: the tensor there
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """A tensor that was read, in the parts that it is stored in; decode puts it together of them, where they are."""
+
+    parts: tuple[Tensor, ...]
+    decode: Callable[[Sequence[Tensor]], Tensor] = operator.itemgetter(0)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Fetched:
+        """The same with its parts on a device."""
+        return replace(self, parts=tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
+
+    def __call__(self, device: torch.device | str) -> Tensor:
+        """The tensor, on a device."""
+        return self.decode(self.to(device).parts)
 
 
 @dataclass(frozen=True)
@@ -117,12 +131,14 @@ class Checkpoint:
         """All that was or will be read of it."""
         return {"config.json", *(info.file for info in self.tensors.values())}
 
-    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> Fetched:
-        """Read a tensor, or part of one, now, and have it where it is needed later."""
-        return self.read(name, index).to
+    def fetch(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Fetched:
+        """Read a tensor, or part of one, now, and have it where it is needed later. pin: as of `read`."""
+        return Fetched((self.read(name, index, pin=pin),))
 
-    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+    def read(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Tensor:
         """A tensor, or the part of it at index (numbers, then perhaps a slice), on the CPU, in memory of its own.
+
+        pin: in pinned memory, from which a GPU copies while others compute.
 
         The file is read rather than mapped: memory holds only what is asked for, and a disk that fails or a file that
         is cut short is an error here, where it would kill the process.
@@ -130,13 +146,13 @@ class Checkpoint:
         Raises:
             CheckpointError: the file cannot be read (then with an OSError as its cause), or is shorter than it was.
         """
-        return self._read(name, self.tensors[name], index)
+        return self._read(name, self.tensors[name], index, pin)
 
-    def _read(self, name: str, info: TensorInfo, index: tuple[int | slice, ...]) -> Tensor:
+    def _read(self, name: str, info: TensorInfo, index: tuple[int | slice, ...], pin: bool = False) -> Tensor:
         path = self.directory / info.file
         start, shape = _part(info, index)
         try:
-            tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+            tensor = torch.empty(shape, dtype=DTYPES[info.dtype], pin_memory=pin)
             self._descriptor(info.file).read_into(tensor_bytes(tensor), start)
         except (OSError, EOFError, RuntimeError) as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
@@ -208,24 +224,32 @@ class _Descriptor:
     """A file open for reading until nothing refers to it any more."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in __del__
-        self._lock = threading.Lock()
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def read_into(self, data: memoryview, offset: int) -> None:
-        with self._lock:
-            self._file.seek(offset)
-            while len(data):
-                count = self._file.readinto(data[:_PIECE])
-                if not count:
-                    raise EOFError("the file is shorter than its header says; download it again")
-                data = data[count:]
+        """Fill data; large reads in several threads, which together are faster than one, on a disk and from memory."""
+        pieces = [(data[start : start + _PIECE], offset + start) for start in range(0, len(data), _PIECE)]
+        if len(pieces) < 2:
+            self._read(data, offset)
+            return
+        with ThreadPoolExecutor(min(_READERS, len(pieces)), "read") as pool:
+            for _ in pool.map(self._read, *zip(*pieces, strict=True)):
+                pass
+
+    def _read(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            count = os.preadv(self._file, [data], offset)  # at most 2 GiB, whatever it is asked for
+            if not count:
+                raise EOFError("the file is shorter than its header says; download it again")
+            data, offset = data[count:], offset + count
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
-            self._file.close()
+            os.close(self._file)
 
 
-_PIECE = 1 << 30  # systems read at most 2 GiB at once
+_PIECE = 1 << 24
+_READERS = 4
 
 
 def _part(info: TensorInfo, index: tuple[int | slice, ...]) -> tuple[int, tuple[int, ...]]:
@@ -246,20 +270,24 @@ class ShardWriter:
     """One safetensors file whose tensors are known beforehand and written in any order, each once.
 
     As the safetensors library does, wider dtypes come first, so that every tensor is aligned. The file has a temporary
-    name until it is whole and on disk.
+    name until it is whole and on disk. Several processes may write one file, each its own tensors; then each calls
+    `sync`, and after that one of them `publish`.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        self._path = path
-        self._temporary = path.with_name(path.name + TEMPORARY)
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], temporary: str = TEMPORARY
+    ) -> None:
+        self._path, self._suffix = path, temporary
         header, self._pending = shard_header(path.name, tensors)
         size = len(header) + sum(info.nbytes for info in self._pending.values())
-        self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        # Not truncated, since others may have written to it; what lay there before, all of it is written over.
+        self._file = os.open(_temporary(path, temporary), os.O_WRONLY | os.O_CREAT, 0o666)
+        self._is_open = True
         try:
             os.ftruncate(self._file, size)
             write_all(self._file, header)
         except BaseException:
-            os.close(self._file)
+            self._close()
             raise
 
     def __enter__(self) -> Self:
@@ -268,26 +296,46 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                assert not self._pending, f"{self._path}: never written: {sorted(self._pending)}"
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
-        if kind is None:
-            os.replace(self._temporary, self._path)
-            sync_directory(self._path.parent)
-        else:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
+        if kind is not None:
+            self.abort()
+            return
+        assert not self._pending, f"{self._path}: never written: {sorted(self._pending)}"
+        self.sync()
+        publish(self._path, self._suffix)
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor at its place; returns the SHA-256 of its bytes."""
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor at its place."""
         info = self._pending.pop(name)
         assert (tensor_dtype(tensor), tuple(tensor.shape)) == (info.dtype, info.shape), f"{name}: {info}"
-        data = tensor_bytes(tensor)
-        write_all(self._file, data, info.offset)
-        return hashlib.sha256(data).hexdigest()
+        write_all(self._file, tensor_bytes(tensor), info.offset)
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk; nothing can be written after."""
+        try:
+            os.fsync(self._file)
+        finally:
+            self._close()
+
+    def abort(self) -> None:
+        """Remove the file, if it has its temporary name still."""
+        self._close()
+        with contextlib.suppress(OSError):
+            _temporary(self._path, self._suffix).unlink()
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            os.close(self._file)
+
+
+def publish(path: Path, temporary: str = TEMPORARY) -> None:
+    """Give a file that is whole and on disk its name."""
+    os.replace(_temporary(path, temporary), path)
+    sync_directory(path.parent)
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def shard_header(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorInfo]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -75,11 +77,11 @@ class DecodedCheckpoint(Checkpoint):
         beside = {HF_QUANT_CONFIG} if (self.directory / HF_QUANT_CONFIG).exists() else set()
         return {"config.json", *beside, *(info.file for info in self._on_disk.values())}
 
-    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+    def read(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Tensor:
         """As `Checkpoint.read`; decoded."""
-        return self.fetch(name, index)("cpu") if name in self._stored else super().read(name, index)
+        return self.fetch(name, index)("cpu") if name in self._stored else super().read(name, index, pin=pin)
 
-    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> Fetched:
+    def fetch(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Fetched:
         """As `Checkpoint.fetch`; what is read is the encoded tensor, which is decoded where it is needed.
 
         Raises:
@@ -87,37 +89,39 @@ class DecodedCheckpoint(Checkpoint):
         """
         stored = self._stored.get(name)
         if stored is None:
-            return super().fetch(name, index)
+            return super().fetch(name, index, pin=pin)
         matrix = tuple(i for i in index if isinstance(i, int))
         part = next((i for i in index if isinstance(i, slice)), slice(None))
         if len(stored.shape) == 3 and not matrix:
-            each = [self._matrix(name, stored, (i,), slice(None)) for i in range(*part.indices(stored.shape[0]))]
-            return lambda device: torch.stack([decode(device) for decode in each])
-        return self._matrix(name, stored, (*stored.index, *matrix), part)
+            numbers = range(*part.indices(stored.shape[0]))
+            return stack([self._matrix(name, stored, (i,), slice(None), pin) for i in numbers])
+        return self._matrix(name, stored, (*stored.index, *matrix), part, pin)
 
-    def _matrix(self, name: str, stored: Stored, matrix: tuple[int, ...], part: slice) -> Fetched:
+    def _matrix(self, name: str, stored: Stored, matrix: tuple[int, ...], part: slice, pin: bool) -> Fetched:
         """Rows of one matrix; what is read are whole blocks."""
         count = stored.shape[len(stored.shape) - 2 if len(stored.shape) > 1 else 0]
         start, stop, _ = part.indices(count)
         if stored.scale is None:
-            return self._rows(stored, stored.elements, matrix, start, stop).to
+            return Fetched((self._rows(stored, stored.elements, matrix, start, stop, pin),))
         height = stored.block[0] if stored.grid[0] > 1 else 1  # under a single row of blocks, any row is a beginning
         first, last = start // height * height, min(-(-stop // height) * height, count)
-        elements = self._rows(stored, stored.elements, matrix, first, last)
+        elements = self._rows(stored, stored.elements, matrix, first, last, pin)
         elements = elements.flatten(1)  # gpt-oss's blocks are a dimension of their own
         scale = self._scale(name, stored, matrix, first // height, -(-last // height))
         dtype = DTYPES[self.tensors[name].dtype]
 
-        def decode(device: torch.device | str) -> Tensor:
-            values = blocks.decode(elements.to(device), scale.to(device), stored.block)
-            return values[start - first : stop - first].to(dtype)
+        def decode(parts: Sequence[Tensor]) -> Tensor:
+            encoded, factors = parts
+            return blocks.decode(encoded, factors, stored.block)[start - first : stop - first].to(dtype)
 
-        return decode
+        return Fetched((elements, scale), decode)
 
-    def _rows(self, stored: Stored, tensor: str, matrix: tuple[int, ...], start: int, stop: int) -> Tensor:
+    def _rows(
+        self, stored: Stored, tensor: str, matrix: tuple[int, ...], start: int, stop: int, pin: bool = False
+    ) -> Tensor:
         """Rows of a stored tensor, counted as those of the decoded one."""
         step = stored.step
-        read = self._read(tensor, self._on_disk[tensor], (*matrix, slice(start * step, stop * step)))
+        read = self._read(tensor, self._on_disk[tensor], (*matrix, slice(start * step, stop * step)), pin)
         return read[stored.first :: step].contiguous()
 
     def _scale(self, name: str, stored: Stored, matrix: tuple[int, ...], start: int, stop: int) -> Tensor:
@@ -150,3 +154,14 @@ class DecodedCheckpoint(Checkpoint):
             return TensorInfo(info.file, info.dtype, stored.shape)
         is_mxfp4 = info.dtype == "U8" and stored.tensor_scale is None
         return TensorInfo(info.file, "BF16" if is_mxfp4 else "F32", stored.shape, decoded=True)
+
+
+def stack(each: Sequence[Fetched]) -> Fetched:
+    """Matrices of one shape as one tensor."""
+    sizes = [len(one.parts) for one in each]
+
+    def decode(parts: Sequence[Tensor]) -> Tensor:
+        left = iter(parts)
+        return torch.stack([one.decode(list(islice(left, size))) for one, size in zip(each, sizes, strict=True)])
+
+    return Fetched(tuple(part for one in each for part in one.parts), decode)
