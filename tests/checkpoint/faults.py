@@ -140,14 +140,14 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
         original = convert.quantize_groups
         convert.quantize_groups = lambda *a: (time.sleep(order["quantize_seconds"]), original(*a))[1]
     if "raises" in order:
-        original_read = convert.read_group
+        original_read = convert.fetch_group
 
         def read(checkpoint: Any, group: Any, **keywords: Any) -> Any:
             if group[0].name.full.startswith(order["raises"]):
                 raise {"source": CheckpointError, "memory": MemoryError}[order["error"]]("no luck")
             return original_read(checkpoint, group, **keywords)
 
-        convert.read_group = read
+        convert.fetch_group = read
     try:
         convert.convert(
             Path(order["source"]),

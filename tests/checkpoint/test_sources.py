@@ -17,8 +17,8 @@ from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.dequantize import dequantize
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.recompute import verify_source
-from halfbyte.checkpoint.recorded import RecordedShards
 from halfbyte.checkpoint.result import Report
+from halfbyte.checkpoint.shards import ShardWriter
 from halfbyte.checkpoint.sources import DecodedCheckpoint, open_source
 from halfbyte.checkpoint.verify import verify_structure
 from halfbyte.report.console import plan_json, print_report
@@ -88,7 +88,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     directory = source.model.save(tmp_path / "source", 2)
     run = lambda out, **more: convert(directory, tmp_path / out, Options(), max_shard_bytes=20_000, **more)  # noqa: E731
     run("wanted")
-    write, calls = RecordedShards.write, []
+    write, calls = ShardWriter.write, []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(1)
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         write(*arguments)
 
-    monkeypatch.setattr(RecordedShards, "write", interrupted)
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("out")
     monkeypatch.undo()
@@ -119,7 +119,7 @@ def test_a_changed_scale_is_another_source(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RecordedShards, "write", interrupted)
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(directory, tmp_path / "out", Options())
     monkeypatch.undo()
