@@ -160,7 +160,7 @@ def test_the_shipped_model_on_a_gpu(tmp_path: Path, activations: str) -> None:
     from halfbyte.nn import convert
     from halfbyte.recipe import TrainingRecipe
 
-    from ..test_invariant import TINY, decoded, log_probs
+    from ..test_invariant_models import TINY, decoded, log_probs
 
     recipe = TrainingRecipe(ROW if activations == "row" else None, hb.NVFP4(), batch_invariant=True)
     trainer = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).train()
