@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import CheckpointError, HalfbyteError
+from ..errors import CheckpointError, HalfbyteError, UnsupportedError
 from .journal import comes_again
 
 TIMEOUT = timedelta(minutes=30)
@@ -129,11 +129,19 @@ def join(device: str) -> tuple[str, int]:
     """Under torchrun, join the other processes; returns this one's device and rank.
 
     "cuda" becomes the GPU of this rank's number on its machine.
+
+    Raises:
+        UnsupportedError: there is no such GPU.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         return device, 0
     if torch.device(device).type == "cuda":
-        device = f"cuda:{dist.get_node_local_rank()}"
+        number, there = dist.get_node_local_rank(), torch.cuda.device_count()
+        if number >= there:
+            raise UnsupportedError(
+                f"rank {number} of this machine has no GPU, of {there}; use --nproc-per-node {there}"
+            )
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
