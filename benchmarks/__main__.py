@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from provenance import ROOT, provenance
+from provenance import provenance
 from registry import LARGE, Call, Case, Shape, Table, judge
 
+ROOT = Path(__file__).parents[1]
 OVERHEAD_GOAL = 40.0  # microseconds of Python in a call
 
 
@@ -92,7 +93,8 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--json", nargs="?", type=Path, const=Path(), help="write a file; benchmarks/results/ if none")
     options = parser.parse_args()
-    if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if cuda:
         from gpu import table as make_table
     else:
         from cpu import table as make_table
@@ -110,8 +112,7 @@ def main() -> None:
     times = table.medians({"copy": copy, **calls})
     bandwidth = size / times["copy"]
     result = {
-        **provenance(options.commit),
-        "hardware": table.hardware,
+        **provenance("cuda" if cuda else "cpu", options.commit),
         "note": options.note,
         "copy_bytes_per_second": bandwidth,
         "gate_elements": compared,

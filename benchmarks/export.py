@@ -306,11 +306,10 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", type=Path, const=Path(), help="write a file; benchmarks/results/ if none")
     options = parser.parse_args()
     measured = one_rank(options) if options.ranks == 1 else two_ranks(options)
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
     if options.json is not None:
         result = {
-            **provenance(options.commit),
-            "hardware": {"gpu": gpu, "cuda": torch.version.cuda, "ranks": options.ranks},
+            **provenance(options.device, options.commit),
+            "ranks": options.ranks,
             "layers": options.layers,
             **measured,
         }

@@ -97,3 +97,39 @@ def test_a_model_that_cannot_be_written_to() -> None:
     holder.add_module("m", root)
     with pytest.raises(SyncError, match="experts with biases, transposed and interleaved"):
         Targets(holder).updates(shapes, False)
+
+
+@pytest.mark.parametrize("fmt", [NVFP4(), MXFP8()], ids=["nvfp4", "mxfp8"])
+def test_stacked_experts_that_are_quantized_tensors(fmt: Any, rng: torch.Generator) -> None:
+    """A parameter (E, 2I, H); what is kept beside it sees by its version that it was written to."""
+    old, new = (torch.randn((2, 128, 64), generator=rng).bfloat16() for _ in range(2))
+    per_matrix = {"per_matrix": True} if isinstance(fmt, NVFP4) else {}
+    q, wanted = (halfbyte.quantize(x, fmt, **per_matrix).replace(amax=None) for x in (old, new))
+    root, mlp, experts = nn.Module(), nn.Module(), nn.Module()
+    root.add_module("mlp", mlp)
+    mlp.add_module("experts", experts)
+    experts.gate_up_proj = nn.Parameter(q, requires_grad=False)
+    before = [
+        (part.data_ptr(), part._version) for part in (experts.gate_up_proj.packed, experts.gate_up_proj.block_scale)
+    ]
+    sent: Tensors = {}
+    for e in range(2):
+        for leaf, rows in (("gate_proj", slice(0, 64)), ("up_proj", slice(64, 128))):
+            sent[f"mlp.experts.{e}.{leaf}.weight"] = wanted.packed[e, rows].clone()
+            sent[f"mlp.experts.{e}.{leaf}.weight_scale"] = wanted.block_scale[e, rows].clone()
+            if wanted.tensor_scale is not None:
+                sent[f"mlp.experts.{e}.{leaf}.weight_scale_2"] = wanted.tensor_scale[e].clone()
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()}
+    for update in Targets(root).updates(shapes, True):
+        update.write({source: sent[source] for source in update.sources})
+    found: Any = experts.gate_up_proj
+    same_bits(found.packed, wanted.packed)
+    same_bits(found.block_scale, wanted.block_scale)
+    if wanted.tensor_scale is not None:
+        same_bits(found.tensor_scale, wanted.tensor_scale)
+    for part, (address, version_before) in zip((found.packed, found.block_scale), before, strict=True):
+        equal(part.data_ptr(), address)
+        equal(part._version > version_before, True, "its version")
+    del shapes["mlp.experts.1.up_proj.weight"]
+    with pytest.raises(SyncError, match="not covered by what was sent"):
+        Targets(root).updates(shapes, True)
