@@ -23,7 +23,6 @@ import json
 import mmap
 import os
 import resource
-import runpy
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from provenance import ROOT, provenance
+
 HIDDEN, WIDTH, ATTENTION, KV, VOCAB = 4096, 12288, 4096, 1024, 32768
 READERS, PIECE = 4, 1 << 24
 STATES = ("dropped", "cached")
@@ -298,8 +298,8 @@ def main() -> None:
             print(f"{row['ranks']} ranks, {state}: {row[state]['times_copy']:.2f}× the copy; "
                   f"{rows[0][state]['seconds'] / row[state]['seconds']:.2f}× as fast as one")  # fmt: skip
     result = {
-        **provenance(options.commit),
-        "hardware": hardware(device),
+        **provenance(device, options.commit),
+        "machine": hardware(device),
         "note": options.note,
         "device": device,
         "copy": copies,
@@ -318,11 +318,6 @@ def show(row: dict[str, Any]) -> None:
               f"{sum(row[state]['cpu_seconds']):.1f} s of CPU, {row[state]['pages_in_cache']:.0%} cached before; "
               f"peak {max(row['peak_rss']) / 1e9:.2f} GB, {max(row['peak_gpu']) / 1e9:.2f} GB on the GPU; "
               f"{row['seconds_to_start']:.0f} s to start", flush=True)  # fmt: skip
-
-
-def provenance(commit: str | None) -> dict[str, Any]:
-    found = runpy.run_path(str(Path(__file__).with_name("__main__.py")), run_name="benchmarks")["provenance"](commit)
-    return dict(found)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import halfbyte
 from halfbyte import MXFP8, CheckpointError, SyncError
-from halfbyte.checkpoint.convert import convert
-from halfbyte.checkpoint.options import Options
 from halfbyte.export import Exporter, Receiver, Sender, connect, headers, in_buckets, make_delta, update_engine
 from halfbyte.export.layout import Layout, place, salt_of
-from halfbyte.export.targets import Targets
 
 from ..check import equal, same_bits, true
-from ..checkpoint.models import read_all
 from . import ranks
 from .links import Damaged, die_while_receiving, die_while_sending, exporter, links, stepped, together
 
@@ -81,80 +77,6 @@ def test_an_engines_tensors(options: dict[str, Any]) -> None:
     both.serves(4)
     equal(both.sync(5, lambda: both.sender.send(in_buckets(exported(5, **options)), 5)), [None, 5])
     both.serves(5)
-
-
-@pytest.mark.parametrize("options", [{"activations": "constant"}, {"format": MXFP8()}], ids=["nvfp4", "mxfp8"])
-def test_a_running_transformers_model(tmp_path: Path, options: dict[str, Any]) -> None:
-    """It computes with what `load` would read of a conversion of the new weights; experts are stacked in it."""
-    pytest.importorskip("transformers")
-    convert(TINY, tmp_path / "old", Options(**options))
-    model = halfbyte.load(tmp_path / "old")
-    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor * 1.5 for name, tensor in read_all(TINY).items()}
-    one = Exporter.like(TINY, Options(**options), bucket_bytes=300_000)
-    sender_link, receiver_link = links()
-    receiver = Receiver(model)
-    send = lambda: Sender(sender_link).send(one.export(tensors.items()), 7)  # noqa: E731
-    equal(together(send, lambda: receiver.receive(receiver_link)), [None, 7])
-    wanted = one.export_all(tensors.items())
-    from halfbyte.checkpoint.schema import quantized_tensor
-    from halfbyte.formats import NVFP4
-    from halfbyte.runtime import stack_experts
-
-    fmt = options.get("format", NVFP4())
-    decoded = {}
-    for name, tensor in wanted.items():
-        module, _, parameter = name.rpartition(".")
-        if f"{module}.weight_scale" in wanted and parameter == "weight":
-            decoded[name] = quantized_tensor("modelopt", fmt, module, wanted).dequantize(torch.bfloat16)
-        elif "scale" not in parameter:
-            decoded[name] = tensor
-    state = model.state_dict()
-    for name, tensor in stack_experts(decoded, set(state)).items():
-        same_bits(state[name], tensor, name)
-    equal({name: tensor.data_ptr() for name, tensor in state.items()}, addresses)
-
-
-def test_modules_that_keep_quantized_tensors() -> None:
-    class Layer(nn.Module):
-        def __init__(self, tensors: Tensors, path: str) -> None:
-            super().__init__()
-            q = {part: tensors[f"{path}.{part}"].clone() for part in ("weight", "weight_scale", "weight_scale_2")}
-            self.weight = halfbyte.QuantizedTensor(*q.values(), None, halfbyte.NVFP4())
-
-    path = "model.layers.1.mlp.down_proj"
-    root, layer = nn.Module(), Layer(exported(1), path)
-    at = root
-    for part in path.split(".")[:-1]:
-        at.add_module(part, nn.Module())
-        at = getattr(at, part)
-    at.add_module("down_proj", layer)
-    pair = links()
-    one = {f"{path}.{part}": exported(2)[f"{path}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")}
-    from halfbyte.export import Bucket, Piece
-
-    sent = [Bucket(0, tuple(Piece(name, tensor) for name, tensor in one.items()))]
-    before = layer.weight.packed.data_ptr()
-    result = together(lambda: Sender(pair[0]).send(sent, 2), lambda: Receiver(root).receive(pair[1]))
-    equal(result, [None, 2])
-    same_bits(layer.weight.packed, one[f"{path}.weight"])
-    same_bits(layer.weight.block_scale, one[f"{path}.weight_scale"])
-    equal(layer.weight.tensor_scale, one[f"{path}.weight_scale_2"])
-    equal(layer.weight.packed.data_ptr(), before)
-
-
-def test_a_model_that_cannot_be_written_to() -> None:
-    """Experts as gpt-oss has them, with a square gate that would fit by its shape."""
-    root, experts = nn.Module(), nn.Module()
-    root.add_module("experts", experts)
-    experts.gate_up_proj, experts.gate_up_proj_bias = (nn.Parameter(torch.zeros(2, *s)) for s in ((64, 32), (32,)))
-    q = halfbyte.quantize(torch.ones(32, 32), halfbyte.NVFP4())
-    sent = {"weight": q.packed, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale}
-    shapes = {f"m.experts.0.gate_proj.{part}": (t.dtype, tuple(t.shape)) for part, t in sent.items()}
-    holder = nn.Module()
-    holder.add_module("m", root)
-    with pytest.raises(SyncError, match="experts with biases, transposed and interleaved"):
-        Targets(holder).updates(shapes, False)
 
 
 def flip(index: int, flat: Tensor) -> Tensor:
