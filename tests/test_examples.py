@@ -1,14 +1,20 @@
-"""The examples run on the shipped model, learn something, and export it."""
+"""The examples run on the shipped model, learn something, and export it; launchers start what they say."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from .check import equal, true
+from halfbyte.demo import DATA
+
+from .check import close, equal, true
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,3 +52,129 @@ def test_qad(tmp_path: Path) -> None:
 def test_trainer(tmp_path: Path) -> None:
     text = run("trainer_hf", "--steps", "4", "--window", "64", "--out", str(tmp_path / "out"))
     true("exported at 4.50 bits" in text and " dB" in text, text)
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    true(spec is not None and spec.loader is not None, name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def grpo() -> ModuleType:
+    return load("grpo_tiny")
+
+
+def test_grpo_reward_and_advantages(grpo: ModuleType) -> None:
+    tokens = torch.tensor([[5, 7, 8, 9, 10], [5, 7, 7, 8, 8], [5, 7, 9, 11, 13], [5, 6, 10, 14, 18]])
+    equal(grpo.rewards(tokens, 2), torch.tensor([1.0, 1 / 3, 0.0, 1.0]))
+    reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.5, 0.5, 0.9])
+    found = grpo.advantages(reward, 4)
+    close(found[:4], torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3**0.5 / 2, 2e-4)  # the variance is of n - 1
+    close(found.view(2, 4).sum(1), torch.zeros(2), 1e-6)
+    close(grpo.advantages(reward + torch.tensor([5.0] * 4 + [0.0] * 4), 4), found, 1e-5, "a prompt's own level")
+    equal(grpo.advantages(torch.full((4,), 0.7), 4), torch.zeros(4), "nothing to learn from equal samples")
+
+
+def test_grpo_log_probs_and_clip(grpo: ModuleType, rng: torch.Generator) -> None:
+    logits = torch.randn(2, 3, 11, generator=rng).bfloat16()
+    tokens = torch.randint(11, (2, 3), generator=rng)
+    wanted = [[logits[i, j].double().softmax(0)[tokens[i, j]].log() for j in range(3)] for i in range(2)]
+    found = grpo.token_log_probs(logits, tokens)
+    equal(found.dtype, torch.float32)
+    close(found, torch.tensor(wanted), 1e-6)
+
+    # one token each: inside the clip; above it; below it; both of the latter with the other sign
+    ratio = torch.tensor([[1.1], [1.5], [0.5], [1.5], [0.5]])
+    advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0])
+    log_probs = ratio.log().requires_grad_()
+    loss, clipped = grpo.policy_loss(log_probs, torch.zeros(5, 1), advantage)
+    close(loss, torch.tensor(-(2.2 + 2 * 1.28 + 1.0 - 3.0 - 2 * 0.8) / 5), 1e-6)
+    close(clipped, torch.tensor(2 / 5), 1e-6)
+    loss.backward()
+    close(log_probs.grad, -torch.tensor([[2.2], [0.0], [1.0], [-3.0], [0.0]]) / 5, 1e-6, "no gradient where it cuts")
+
+
+def test_grpo_decodes_as_it_trains(grpo: ModuleType) -> None:
+    """With a KV cache, token by token, as in one pass over whole sequences."""
+    settings = grpo.Settings(variant="bf16", prompts=1, group=3, new_tokens=4, dtype=torch.float32)
+    prompts = grpo.draw_prompts(grpo.text_ids(), settings, torch.Generator().manual_seed(1))
+    trainer = grpo.Trainer(settings)
+    tokens, log_probs = grpo.generate(trainer.model, prompts, 4, torch.Generator().manual_seed(1))
+    equal(tokens[:, :8], prompts)
+    close(trainer.log_probs(tokens), log_probs, 1e-4)
+
+
+def test_grpo_in_two_processes(tmp_path: Path) -> None:
+    """Weights are synced: after a step that moves them far, both sides still compute nearly the same."""
+    run("grpo_tiny", "--short", "--lr", "3e-3", "--dtype", "float32", "--out", str(tmp_path))
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    equal([line["step"] for line in lines], [0, 1])
+    for line in lines:
+        true(line["variant"] == "nvfp4-dequantized" and 0 <= line["reward"] <= 1, str(line))
+        true(0 < line["difference_mean"] < 0.1 and line["difference_max"] < 2, str(line))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    shutil.copytree(DATA / "tiny", tmp_path / "models" / "'; touch x'")
+    (tmp_path / "train.py").write_text(
+        "import json, os, sys\njson.dump([sys.argv, dict(os.environ)], open('seen', 'w'))"
+    )
+    return tmp_path
+
+
+def launch(where: Path, *options: str, ok: bool = True) -> str:
+    argv = [sys.executable, str(ROOT / "examples" / "rl_launch.py"), "--model-dir", "models", "--model-name", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NVTE_NVFP4_4OVER6": "weights"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment, check=False, cwd=where)
+    equal(done.returncode == 0, ok, done.stderr[-3000:])
+    return done.stdout + done.stderr
+
+
+def test_launch_without_a_shell(models: Path) -> None:
+    name, own = "'; touch x'", ["--a", "$(touch x)", "`touch x`", "--rollout-batch-size", "32"]
+    quantized = ("--rollout-nvfp4", "--train-nvfp4", "--num-layers-at-start-in-bf16", "1", "--num-gpus-per-node", "4")
+    quantized += ("--extra-high-precision-layers-megatron", "layers.2.mlp.experts")
+    text = launch(models, name, *quantized, "--dry-run", "--", *own)
+    true("72 weights are quantized alike" in text and not (models / "models" / f"{name}-NVFP4").exists(), text)
+    launch(models, name, *quantized, "--", *own)
+    argv, environment = json.loads((models / "seen").read_text())
+    equal(argv[:5], ["train.py", "--hf-checkpoint", f"models/{name}-NVFP4", "--ref-load", f"models/{name}"])
+    equal(argv[-5:], own)
+    equal([path.name for path in models.iterdir() if path.name == "x"], [])
+    equal(argv[argv.index("--rollout-num-gpus") + 1], "2")
+    equal((environment["NVTE_NVFP4_4OVER6"], environment["NVTE_BACKWARD_OVERRIDE"]), ("weights", "high_precision"))
+    equal(json.loads(argv[argv.index("--train-env-vars") + 1])["NVTE_NVFP4_4OVER6"], "weights")
+    made = json.loads((models / "models" / f"{name}-NVFP4" / "halfbyte.json").read_text())
+    equal((made["format"]["scale_rule"], made["policy"]["only"]), ("four_over_six", "routed_experts"))
+    # The checkpoint is used again, unless other options are asked for.
+    true("converting" not in launch(models, name, *quantized, "--dry-run"), "converted twice")
+    true("converted with" in launch(models, name, "--rollout-nvfp4", "--dry-run", ok=False), "other options")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("../tiny",), "needs a name, not a path"),
+        (("m", "--rollout-nvfp4", "--train-mxfp8"), "must compute what is served"),
+        (("m", "--rollout-nvfp4", "--rollout-mxfp8"), "not allowed with"),
+        (("m", "--rollout-mxfp8", "--hardware", "H200"), "need Blackwell"),
+        (("m", "--rollout-nvfp4", "--num-gpus-per-node", "1"), "one GPU each"),
+    ],
+)
+def test_launch_refuses(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("rl_launch").parse(["--model-name", *options])
+    true(message in capsys.readouterr().err, message)
+
+
+def test_launch_notices_policies_that_differ(models: Path) -> None:
+    """A Hugging Face name that keeps a weight in high precision says nothing to the trainer."""
+    options = ("--rollout-nvfp4", "--train-nvfp4", "--extra-high-precision-layers-hf", "layers.3.mlp.experts.")
+    text = launch(models, "'; touch x'", *options, "--dry-run", ok=False)
+    true("the trainer would quantize it, the checkpoint does not" in text, text)
