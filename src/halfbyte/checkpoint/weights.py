@@ -49,7 +49,7 @@ def quantize_groups(groups: Sequence[WeightGroup]) -> list[list[QuantizedTensor]
     Raises:
         CheckpointError: a weight contains NaN or inf.
     """
-    units = [_Unit(group, _adjacent(group)) for group in groups]
+    units = [_Unit(group, adjacent(group)) for group in groups]
     _quantize([unit for unit in units if unit.has_own_maximum], None)
     if shared := [unit for unit in units if not unit.has_own_maximum]:
         _quantize(shared, _maxima(shared))
@@ -95,7 +95,7 @@ class _Unit:
         return [QuantizedTensor(packed, scale, q.tensor_scale, q.amax, q.format) for packed, scale in parts]
 
 
-def _adjacent(group: WeightGroup) -> Tensor | None:
+def adjacent(group: WeightGroup) -> Tensor | None:
     """The weights as one matrix, where they lie one behind the other in memory, as gate and up of a trainer do.
 
     It then has the group's maximum for its own, and is read once instead of twice.

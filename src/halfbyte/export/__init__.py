@@ -5,28 +5,34 @@ puts ranks' parts together, `delta` keeps to what changed, and `adapters` speak 
 `transport` sends and `receiver` takes them, over a `link`.
 """
 
-from .adapters import flatten, metadata, quantize_params, unflatten
+from .adapters import broadcast, flatten, metadata, quantize_params, unflatten
 from .delta import Delta, apply_delta, make_delta
+from .engine import Engine, Serving, update_engine
 from .exporter import Bucket, Exporter, headers
 from .link import Link, connect
 from .megatron import Model, global_name
 from .pieces import Piece, merge
 from .placement import Placement
-from .receiver import Receiver, Serving
+from .planned import FlatBucket, PreparedExport
+from .receiver import Receiver
 from .transport import Sender
 
 __all__ = [
     "Bucket",
     "Delta",
+    "Engine",
     "Exporter",
+    "FlatBucket",
     "Link",
     "Model",
     "Piece",
     "Placement",
+    "PreparedExport",
     "Receiver",
     "Sender",
     "Serving",
     "apply_delta",
+    "broadcast",
     "connect",
     "flatten",
     "global_name",
@@ -36,4 +42,5 @@ __all__ = [
     "metadata",
     "quantize_params",
     "unflatten",
+    "update_engine",
 ]

@@ -23,12 +23,14 @@ from ..checkpoint.manifest import FILE as MANIFEST
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.options import Options
 from ..checkpoint.schema import weight_tensors
+from ..checkpoint.shards import DTYPES
 from ..checkpoint.weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SyncError
 from ..formats import MXFP8, Format
 from ..names import Name
 from ..policy import Policy
-from .pieces import as_bytes
+from .pieces import as_bytes, whole_tensors
+from .planned import FlatBucket
 
 Named = tuple[str, Tensor]
 
@@ -175,6 +177,30 @@ def metadata(tensors: Iterable[Named]) -> tuple[list[str], list[str], list[list[
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
+def broadcast(tensors: Iterable[Named], group: Any, source: int = 0) -> None:
+    """Broadcast one tensor after the other, as engines receive those that `metadata` announced; wait for all.
+
+    Float8 travels as uint8, which gloo can do too; the bytes that arrive are the same.
+
+    Args:
+        tensors: in the order of their metadata.
+        group: of torch.distributed, in which this is rank `source`.
+        source: rank in the group.
+
+    Raises:
+        SyncError: the group failed; what the engine has got is not whole.
+    """
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = source
+    try:
+        sent = [tensor.detach().contiguous() for _, tensor in tensors]
+        bytes_only = [tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor for tensor in sent]
+        for work in [group.broadcast([tensor], options) for tensor in bytes_only]:
+            work.wait()
+    except RuntimeError as error:
+        raise SyncError(f"a broadcast to the engine failed: {str(error).splitlines()[0]}; sync everything") from error
+
+
 class Flat(NamedTuple):
     """Where a tensor lies in a flattened bucket: bytes start_idx to end_idx, numel of them."""
 
@@ -186,12 +212,19 @@ class Flat(NamedTuple):
     numel: int
 
 
-def flatten(tensors: Iterable[Named]) -> tuple[Tensor, list[Flat]]:
-    """One (n,) uint8 tensor of all bytes, one behind the other, and where each tensor lies in it.
+def flatten(tensors: Iterable[Named] | FlatBucket) -> tuple[Tensor, list[Flat]]:
+    """One (n,) uint8 tensor of all bytes, and where each tensor lies in it; a `FlatBucket`'s own memory, not copied.
 
     Raises:
-        CheckpointError: there are none, or they lie on several devices.
+        CheckpointError: there are none, they lie on several devices, or some are parts.
     """
+    if isinstance(tensors, FlatBucket):
+        whole_tensors(tensors.pieces)
+        slots = tensors.layout.slots
+        flats = [
+            Flat(s.name, torch.Size(s.shape), DTYPES[s.dtype], s.offset, s.offset + s.nbytes, s.nbytes) for s in slots
+        ]
+        return tensors.flat[: tensors.nbytes], flats
     parts = [(name, tensor, as_bytes(tensor)) for name, tensor in tensors]
     if len({data.device for _, _, data in parts}) != 1:
         raise CheckpointError(f"{len(parts)} tensors on several devices, or none at all: a bucket is on one")

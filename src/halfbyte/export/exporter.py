@@ -21,7 +21,7 @@ from .. import ops
 from ..checkpoint.convert import kv_scales, output_entries
 from ..checkpoint.options import Options
 from ..checkpoint.plan import Headers, Plan, Planned, make_plan
-from ..checkpoint.schema import Entry, weight_names, weight_tensors
+from ..checkpoint.schema import Entry, Layout, weight_names, weight_tensors
 from ..checkpoint.shards import Checkpoint, TensorInfo, tensor_dtype
 from ..checkpoint.weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 from ..errors import CheckpointError
@@ -29,8 +29,9 @@ from ..formats import NVFP4, Format
 from ..tensor import QuantizedTensor
 from .collect import Collector, Ready
 from .megatron import Model
-from .pieces import Piece, merge
+from .pieces import Piece, merge, whole_tensors
 from .placement import Placement
+from .planned import PreparedExport
 from .shards import to_pieces
 
 BUCKET_BYTES = 512 << 20
@@ -60,9 +61,7 @@ class Bucket:
         Raises:
             CheckpointError: some are parts; `merge` joins those of all ranks.
         """
-        if parts := [piece.name for piece in self.pieces if piece.dim is not None]:
-            raise CheckpointError(f"{parts[0]}: this rank has a part of it; merge the buckets of all ranks first")
-        return {piece.name: piece.tensor for piece in self.pieces}
+        return whole_tensors(self.pieces)
 
 
 class Exporter:
@@ -71,6 +70,8 @@ class Exporter:
     Attributes:
         plan: what becomes of every tensor, and why.
         entries: name → (dtype, shape) of all that an export of every rank yields together.
+        bucket_bytes, placement: as given.
+        sources: Hugging Face parameter → what the plan makes of it.
     """
 
     def __init__(
@@ -110,14 +111,14 @@ class Exporter:
         self.entries: dict[str, Entry] = {}
         for group in output_entries(self.plan, self._options):
             self.entries |= group
-        self._bucket_bytes = bucket_bytes
-        self._placement = placement or Placement()
+        self.bucket_bytes = bucket_bytes
+        self.placement = placement or Placement()
         self._reduce: dict[bool, Callable[[Tensor], Tensor]] = {}
         if reduce is not None:
             self._reduce = {expert: functools.partial(_reduced, reduce, expert) for expert in (False, True)}
-        self._by_source: defaultdict[str, list[Planned]] = defaultdict(list)
+        self.sources: dict[str, list[Planned]] = {}
         for item in self.plan:
-            self._by_source[item.source].append(item)
+            self.sources.setdefault(item.source, []).append(item)
 
     @classmethod
     def like(cls, source: Path, options: Options | None = None, **arguments: Any) -> Exporter:
@@ -143,12 +144,12 @@ class Exporter:
                 is incomplete at the end, or on a single rank anything is; a weight contains NaN or inf. What was
                 yielded before must then be thrown away.
         """
-        collected = Collector(self.plan, self._placement.pp_size * self._placement.ep_size == 1)
+        collected = self.collector()
         index = 0
         for entry in named:
             name = entry.name if isinstance(entry, Piece) else entry[0]
-            collected.add(name, self._pieces(entry))
-            if collected.ready_bytes >= self._bucket_bytes:
+            collected.add(name, self.pieces_of(entry))
+            if collected.ready_bytes >= self.bucket_bytes:
                 yield Bucket(index, tuple(self._finish(collected.take())))
                 index += 1
         collected.check_complete()
@@ -160,26 +161,60 @@ class Exporter:
         pieces = (piece for bucket in self.export(named) for piece in bucket.pieces)
         return merge(pieces, self.entries)
 
-    def _pieces(self, entry: tuple[str, Tensor] | Piece) -> list[Piece]:
+    def prepare(self, named: Iterable[tuple[str, Tensor] | Piece], *, keep: bool = False) -> PreparedExport:
+        """An export of these parameters that is planned now, and repeated by `PreparedExport.export` at little cost.
+
+        The parameter objects are kept; their data may change, and may move. Where a trainer replaces the objects
+        themselves, prepare anew.
+
+        Args:
+            named: as `export`; all on one device.
+            keep: every bucket in memory of its own, instead of two for all; see `planned`.
+
+        Raises:
+            CheckpointError: as `export`; parameters are on several devices.
+        """
+        return PreparedExport(self, named, keep=keep)
+
+    def collector(self) -> Collector:
+        """What sorts this rank's parameters into groups, once."""
+        return Collector(self.plan, self.placement.pp_size * self.placement.ep_size == 1)
+
+    @property
+    def layout(self) -> Layout:
+        """Whose names tensors get."""
+        return self._options.layout
+
+    @property
+    def sends_input_scales(self) -> bool:
+        """Whether there are any."""
+        return self._options.activations != "none"
+
+    def kv_scales_with(self, ready: Ready) -> Iterator[tuple[str, Tensor]]:
+        """The cache's scales that go into the bucket of a group."""
+        for name in self._kv_with.get(ready.items[0].name.full, ()):
+            yield name, self._kv[name]
+
+    def pieces_of(self, entry: tuple[str, Tensor] | Piece) -> list[Piece]:
         """Pieces of planned tensors, by the names that those have in the output."""
         if isinstance(entry, Piece):
             return [replace(entry, tensor=entry.tensor.detach())]
         name, tensor = entry
-        if name not in self._by_source:
-            return to_pieces(self.model, name, tensor, self._placement)
+        if name not in self.sources:
+            return to_pieces(self.model, name, tensor, self.placement)
         tensor = tensor.detach()
         expected = self._source.tensors[name].shape
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{name}: has shape {list(tensor.shape)}, planned is {list(expected)}; give a part as a Piece"
             )
-        items = self._by_source[name]
+        items = self.sources[name]
         return [Piece(item.name.full, tensor[item.index] if item.index else tensor) for item in items]
 
     def _finish(self, groups: list[Ready]) -> Iterator[Piece]:
         """Quantize what is to be, all groups together, and name everything as the layout does."""
         chosen = [ready for ready in groups if ready.format is not None]
-        done = iter(quantize_groups([self._weight_group(ready) for ready in chosen])) if chosen else iter(())
+        done = iter(quantize_groups([self.weight_group(ready) for ready in chosen])) if chosen else iter(())
         results = [next(done) if ready.format is not None else [] for ready in groups]
         scales = self._encode_scales(results)
         ones = self._input_scale(results)
@@ -189,10 +224,11 @@ class Exporter:
             else:
                 for piece, q in zip(ready.pieces, quantized, strict=True):
                     yield from self._named(piece, q, ones, scales.get(id(q)))
-            for name in self._kv_with.get(ready.items[0].name.full, ()):
-                yield Piece(name, self._kv[name].to(ready.pieces[0].tensor.device))
+            for name, scale in self.kv_scales_with(ready):
+                yield Piece(name, scale.to(ready.pieces[0].tensor.device))
 
-    def _weight_group(self, ready: Ready) -> WeightGroup:
+    def weight_group(self, ready: Ready) -> WeightGroup:
+        """What is quantized together, of a group that is to be."""
         assert ready.format is not None
         names, tensors = [piece.name for piece in ready.pieces], [piece.tensor for piece in ready.pieces]
         cut = next((piece for piece in ready.pieces if piece.dim is not None), None)
@@ -221,7 +257,7 @@ class Exporter:
     def _input_scale(self, results: list[list[QuantizedTensor]]) -> Tensor | None:
         """One 1.0 for all that is in the bucket: a layout's divisor of it is 1.0 too."""
         first = next((q for quantized in results for q in quantized), None)
-        if self._options.activations == "none" or first is None:
+        if not self.sends_input_scales or first is None:
             return None
         return torch.full((), CONSTANT_INPUT_SCALE, device=first.device)
 

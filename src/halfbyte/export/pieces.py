@@ -33,6 +33,20 @@ class Piece:
     expert: bool = False
 
 
+def whole_tensors(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    """Name → tensor.
+
+    Raises:
+        CheckpointError: some are parts.
+    """
+    found = {}
+    for piece in pieces:
+        if piece.dim is not None:
+            raise CheckpointError(f"{piece.name}: this rank has a part of it; merge the buckets of all ranks first")
+        found[piece.name] = piece.tensor
+    return found
+
+
 def merge(pieces: Iterable[Piece], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Whole tensors from the pieces of all ranks, in the order of entries; replicas count once.
 

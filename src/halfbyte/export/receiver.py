@@ -11,33 +11,19 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SyncError
 from .delta import Change, Delta, apply_delta
+from .engine import Serving
 from .layout import SEAL_BYTES, Layout, is_broken, salt_of
 from .link import Link
 from .pieces import Piece
 from .targets import Model, Targets, Update
-
-
-class Serving(Protocol):
-    """What an engine does around new weights; see `Receiver.receive`."""
-
-    def pause(self) -> None:
-        """Take no more requests, and finish or stop those that run."""
-
-    def flush_cache(self) -> None:
-        """Forget what was computed with the old weights: KV and prefix caches."""
-
-    def set_version(self, version: int) -> None:
-        """What serves from now on."""
-
-    def resume(self) -> None:
-        """Take requests again."""
 
 
 class Receiver:
@@ -62,7 +48,6 @@ class Receiver:
         self._staged: list[Layout] = []
         self._updates: dict[str, list[Update]] = {}
         self._is_base = False  # whether what is staged is what the model serves
-        self._torn = False
 
     @property
     def staged_bytes(self) -> int:
@@ -126,11 +111,15 @@ class Receiver:
             for index in [i for i in self._staging if i >= len(layouts)]:
                 del self._staging[index]
             self._layouts = {layout.digest: layout for layout in layouts}
-        self._take_over(new, updates, changed, serving, delta is not None)
+        failure: SyncError | None = None
         try:
-            link.agree(None, "whether everyone has taken over")
-        except SyncError as error:  # another's trouble: here the new version serves
-            link.problem = link.problem or str(error)
+            self._take_over(new, updates, changed, serving, delta is not None)
+        except SyncError as error:
+            failure = error
+        with suppress(SyncError):  # another's trouble: here the new version serves
+            link.agree(failure and str(failure), "whether everyone has taken over")
+        if failure is not None:
+            raise failure
         return new
 
     def _objection(self, start: Mapping[str, Any], version: int | None) -> str | None:

@@ -33,16 +33,32 @@ def to_pieces(model: Model, name: str, tensor: Tensor, placement: Placement) -> 
     Raises:
         CheckpointError: the parameter is unknown, or its shape is neither that of the whole nor of a shard.
     """
-    parameter = model.parameter(name)
     tensor = tensor.detach()
+    if order := ordering(model, name, tensor, placement):
+        tensor = tensor.index_select(order[0], order[1].to(tensor.device))
+    return ordered_pieces(model, name, tensor, placement)
+
+
+def ordering(model: Model, name: str, tensor: Tensor, placement: Placement) -> tuple[int, Tensor] | None:
+    """(dimension, indices) by which a parameter is put in order before its parts are views of it; None: they are."""
+    parameter = model.parameter(name)
+    if parameter.rule.how == "swap":
+        columns = torch.arange(tensor.shape[1])
+        return 1, columns.roll(-(tensor.shape[1] // 2))
+    if parameter.rule.how == "qkv":
+        _, rank, _ = _cut(model, parameter, _parts(model, parameter), tensor, placement)
+        return 0, torch.cat([rows for rows, _ in _rows_of_qkv(model, parameter, len(tensor), rank)])
+    return None
+
+
+def ordered_pieces(model: Model, name: str, tensor: Tensor, placement: Placement) -> list[Piece]:
+    """`to_pieces` of a parameter that is in order; views of it all."""
+    parameter = model.parameter(name)
     how = parameter.rule.how
     if how in ("experts", *_TRANSPOSED):
         return _of_experts(model, parameter, tensor, placement)
     if how == "copies":
         return [piece for hf in parameter.hf for piece in _rows_of_vocabulary(model, hf, tensor, placement, name)]
-    if how == "swap":
-        half = tensor.shape[1] // 2
-        tensor = torch.cat((tensor[:, half:], tensor[:, :half]), 1)
     parts = _parts(model, parameter)
     cut, rank, size = _cut(model, parameter, parts, tensor, placement)
     if how == "qkv":
@@ -136,10 +152,19 @@ def _cut(
 
 
 def _of_qkv(model: Model, parameter: Parameter, tensor: Tensor, rank: int, size: int) -> list[Piece]:
-    """linear_qkv: for each group of query heads their rows, then its key's, then its value's; cut anywhere.
+    """q, k and v of a linear_qkv in order."""
+    places = _rows_of_qkv(model, parameter, len(tensor), rank)
+    parts = tensor.split([len(rows) for rows, _ in places])
+    dim = None if size == 1 else 0
+    return [Piece(hf, part, dim, s) for hf, part, (_, s) in zip(parameter.hf, parts, places, strict=True)]
 
-    Ranks beyond the number of groups split one between them, without regard to what is what. Whatever a rank has of
-    q, of k or of v is contiguous in it; all three come out of one copy, one behind the other.
+
+def _rows_of_qkv(model: Model, parameter: Parameter, count: int, rank: int) -> list[tuple[Tensor, int]]:
+    """Of q, k and v: which of a rank's rows they are, and where those begin in the whole.
+
+    linear_qkv has for each group of query heads their rows, then its key's, then its value's; cut anywhere: ranks
+    beyond the number of groups split one between them, without regard to what is what. Whatever a rank has of q, of k
+    or of v is contiguous in it.
     """
     groups, (q, k, v) = model.query_groups, (model.shapes[hf][0] for hf in parameter.hf)
     if (q, k, v) != (model.heads * model.head_dim, groups * model.head_dim, groups * model.head_dim):
@@ -148,18 +173,13 @@ def _of_qkv(model: Model, parameter: Parameter, tensor: Tensor, rank: int, size:
             f"groups of size {model.head_dim}: pass its parts by their HF names"
         )
     places = torch.arange(q + k + v).unflatten(0, (groups, -1)).split([q // groups, k // groups, v // groups], 1)
-    begin = rank * len(tensor)
-    chosen: list[Tensor] = []
-    starts: list[int] = []
+    begin = rank * count
+    found = []
     for part in places:  # rows of q, k or v in the whole parameter, in their own order
         rows = part.flatten()
-        here = (rows >= begin) & (rows < begin + len(tensor))
-        chosen.append(rows[here] - begin)
-        starts.append(int((rows < begin).sum()))
-    copy = tensor[torch.cat(chosen).to(tensor.device)]
-    parts = copy.split([len(rows) for rows in chosen])
-    dim = None if size == 1 else 0
-    return [Piece(hf, part, dim, start) for hf, part, start in zip(parameter.hf, parts, starts, strict=True)]
+        here = (rows >= begin) & (rows < begin + count)
+        found.append((rows[here] - begin, int((rows < begin).sum())))
+    return found
 
 
 def _rows_of_vocabulary(model: Model, hf: str, tensor: Tensor, placement: Placement, name: str) -> list[Piece]:

@@ -18,6 +18,7 @@ from .exporter import BUCKET_BYTES, Bucket
 from .layout import SEAL_BYTES, Layout, pack, place, salt_of, seal
 from .link import SENDER, Link
 from .pieces import Piece
+from .planned import FlatBucket
 
 
 class Sender:
@@ -34,11 +35,11 @@ class Sender:
         self._known: set[str] = set()  # layouts that every receiver has
         self._flat: Tensor | None = None
 
-    def send(self, buckets: Iterable[Bucket], version: int) -> None:
+    def send(self, buckets: Iterable[Bucket | FlatBucket], version: int) -> None:
         """Send all of a model's weights.
 
         Args:
-            buckets: of `Exporter.export`, in which this rank has the whole of each tensor; or `Planned.export`'s.
+            buckets: of `Exporter.export`, in which this rank has the whole of each tensor; or `PreparedExport.export`.
             version: of these weights, newer than the receivers'.
 
         Raises:
@@ -68,7 +69,7 @@ class Sender:
         self.link.say({"what": "start", "version": version, "delta": delta})
         self.link.agree(None, "the start of a sync")
 
-    def _send(self, buckets: Iterable[Bucket], version: int) -> None:
+    def _send(self, buckets: Iterable[Bucket | FlatBucket], version: int) -> None:
         layouts: list[Layout] = []
         try:
             for bucket in buckets:
@@ -91,8 +92,10 @@ class Sender:
         self._known = {layout.digest for layout in layouts}
         self.link.agree(None, "whether everyone has taken over")
 
-    def _flatten(self, bucket: Bucket) -> tuple[Layout, Tensor]:
+    def _flatten(self, bucket: Bucket | FlatBucket) -> tuple[Layout, Tensor]:
         """A bucket in one run of bytes on the link's device."""
+        if isinstance(bucket, FlatBucket):
+            return bucket.layout, bucket.flat.to(self.link.device)
         layout = place(bucket.pieces)
         size = layout.nbytes + SEAL_BYTES
         if self._flat is None or len(self._flat) < size:
@@ -101,7 +104,7 @@ class Sender:
         return layout, self._flat[:size]
 
 
-def _buckets(pieces: list[Piece]) -> Iterable[Bucket]:
+def _buckets(pieces: list[Piece]) -> Iterable[Bucket | FlatBucket]:
     """Pieces in buckets of about the usual size."""
     index, some, size = itertools.count(), [], 0
     for piece in pieces:
