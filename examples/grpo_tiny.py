@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,25 +222,23 @@ class Trainer:
 # --- The processes
 
 
-def exported(trainer: Trainer, exporter: Exporter | None) -> Iterable[Bucket]:
-    """The model's weights as the rollout has them: 4-bit, or as they are."""
-    named = [(name, parameter.detach()) for name, parameter in trainer.model.named_parameters()]
-    if exporter is None:
-        return [Bucket(0, tuple(Piece(name, tensor) for name, tensor in named))]
-    return exporter.export(named)
+def exports(trainer: Trainer) -> Callable[[], Iterable[Any]]:
+    """What makes, whenever it is called, buckets of the weights as the rollout has them: 4-bit, or as they are."""
+    named, options = list(trainer.model.named_parameters()), options_of(trainer.settings.variant)
+    if options is None:
+        return lambda: [Bucket(0, tuple(Piece(name, parameter.detach().cpu()) for name, parameter in named))]
+    return Exporter(trainer.model.config.to_dict(), headers(named), options).prepare(named).export
 
 
 def train(settings: Settings, store: dist.Store, samples: Any, log: Path) -> None:
     """The training process: send weights, take samples, learn, write a line."""
     trainer = Trainer(settings)
-    options = options_of(settings.variant)
-    named = headers(trainer.model.named_parameters())
-    exporter = None if options is None else Exporter(trainer.model.config.to_dict(), named, options)
+    weights = exports(trainer)
     sender = Sender(connect(store, TRAINER, 2, timeout=TIMEOUT))
     with log.open("w", encoding="utf-8") as file:
         for step in range(settings.steps):
             began = time.perf_counter()
-            sender.send(exported(trainer, exporter), version=step)
+            sender.send(weights(), version=step)
             sent = time.perf_counter()
             version, tokens, old = samples.get()
             if version != step:
