@@ -12,21 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from provenance import ROOT, provenance
 from registry import LARGE, Call, Case, Shape, Table, judge
 
-ROOT = Path(__file__).parents[1]
 OVERHEAD_GOAL = 40.0  # microseconds of Python in a call
-PACKAGES = ("torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors")
 
 
 def build(table: Table, cases: list[Case], shapes: list[Shape], alternatives: bool) -> dict[tuple[str, Shape], Call]:
@@ -62,27 +58,6 @@ def overhead(calls: Mapping[str, Call]) -> dict[str, float]:
                 torch.cuda.synchronize()
         results[name] = min(averages[1:]) * 1e6
     return results
-
-
-def provenance(commit: str | None) -> dict[str, object]:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    changed = bool(git("status", "--porcelain", "--", ":/src", ":/benchmarks"))
-    return {
-        "commit": commit or git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": None if commit else changed,
-        "versions": versions,
-    }
 
 
 def spell(shape: Shape) -> str:

@@ -26,7 +26,7 @@ import halfbyte as hb
 from halfbyte.demo import DATA
 from halfbyte.nn import convert, distillation_loss
 from halfbyte.recipe import TrainingRecipe
-from halfbyte.runtime import export
+from halfbyte.runtime import save_quantized
 
 RECIPE = TrainingRecipe(
     activations=hb.NVFP4(scaling="row", scale_rule="four_over_six"),
@@ -115,7 +115,9 @@ def main() -> None:
     print(f"KL to the teacher: trained {results['trained']:.5f} ({results['fall']:.0%} below plain NVFP4's), "
           f"control {results['control']:.5f}, {time.time() - began:.0f} s")  # fmt: skip
     if args.out:
-        written = export(student, args.model, args.out, RECIPE.options(), dtype=torch.bfloat16, device=args.device)
+        written = save_quantized(
+            student, args.model, args.out, RECIPE.options(), dtype=torch.bfloat16, device=args.device
+        )
         print(f"{args.out}: {written.bits_per_weight:.2f} bits per quantized weight")
     if args.json:
         args.json.write_text(json.dumps({**results, "steps": args.steps, "seconds": time.time() - began}, indent=1))

@@ -21,7 +21,7 @@ from halfbyte.demo import DATA
 from halfbyte.evaluate import perplexity, windows
 from halfbyte.nn import Watcher, convert
 from halfbyte.recipe import TrainingRecipe, TransformerEngine
-from halfbyte.runtime import export
+from halfbyte.runtime import save_quantized
 
 
 def recipe_of(backward: str) -> TrainingRecipe:
@@ -72,7 +72,7 @@ def main() -> None:
     results["trained"] = perplexity(model.eval(), held_out)
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary) / "out"
-        export(model, DATA / "tiny", out, recipe.options())
+        save_quantized(model, DATA / "tiny", out, recipe.options())
         loaded = hb.load(out, dtype=torch.float32, activations="row")
         results["exported"] = perplexity(loaded, held_out)
     print("perplexity: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))

@@ -17,7 +17,7 @@ import halfbyte as hb
 from halfbyte.demo import DATA
 from halfbyte.nn import Watcher, convert
 from halfbyte.recipe import TrainingRecipe
-from halfbyte.runtime import export
+from halfbyte.runtime import save_quantized
 
 
 class Statistics(TrainerCallback):
@@ -75,7 +75,7 @@ def main() -> None:
         print(f"mean training loss {result.training_loss:.3f} over {args.steps} steps")
         print(f"the noisiest activations: {statistics.worst[0]}, {statistics.worst[1]:.1f} dB")
         out = args.out or Path(temporary) / "out"
-        written = export(model, DATA / "tiny", out, recipe.options())
+        written = save_quantized(model, DATA / "tiny", out, recipe.options())
         print(f"exported at {written.bits_per_weight:.2f} bits per quantized weight")
 
 

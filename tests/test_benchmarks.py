@@ -54,3 +54,16 @@ def test_training(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     equal(set(result["linear"]["milliseconds"]), {"bf16", "high_precision", "dequantized", "quantized"})
     true(result["saved_activations_of_bf16"]["dequantized"] <= 0.32, "4 bytes per row beside 64 columns")
+
+
+def test_export(tmp_path: Path) -> None:
+    file = tmp_path / "export.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "export.py"), "--small", "--device", "cpu", "--layers", "2"]
+    command += ["--sample-layers", "1", "--json", str(file)]
+    for ranks in ("1", "2"):
+        done = subprocess.run([*command, "--ranks", ranks], capture_output=True, text=True, timeout=300, check=False)
+        equal(done.returncode, 0, done.stderr[-2000:])
+        result = json.loads(file.read_text())
+        true(result["gate_weights"] > 100_000, "the gate")
+        true({"commit", "versions", "hardware"} <= set(result), "where it comes from")
+    true(result["bytes_sent"] == result["receiver_staged_bytes"] > 0, f"{result}")

@@ -1,4 +1,4 @@
-"""load(): a runnable transformers model from a quantized checkpoint, on any machine; export(): the way back."""
+"""load(): a runnable transformers model from a quantized checkpoint, on any machine; save_quantized(): the way back."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(
     return runnable
 
 
-def export(
+def save_quantized(
     model: nn.Module,
     source: str | Path,
     output: str | Path,

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import CheckpointError, Policy
+from halfbyte import CheckpointError, Policy, SyncError
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.schema import LAYOUTS
 from halfbyte.checkpoint.shards import read_json
-from halfbyte.export import Model, flatten, metadata, quantize_params, unflatten
+from halfbyte.export import Exporter, Model, broadcast, flatten, headers, metadata, quantize_params, unflatten
 from halfbyte.formats import MXFP8
 from halfbyte.recipe.load import load_recipe
 
 from ..check import equal, same_bits
 from ..checkpoint.models import Tensors, read_all
 from . import ranks
+from .links import links, together
 
 FC1 = "module.module.decoder.layers.0.mlp.linear_fc1.weight"
 GATE, UP = (f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up"))
@@ -185,3 +186,28 @@ def test_flattened_and_back() -> None:
         unflatten(flat[:-1], places)
     with pytest.raises(CheckpointError, match="or none at all"):
         flatten([])
+
+
+def test_update_from_distributed() -> None:
+    """An engine is told names, dtypes and shapes, and receives one tensor after the other; float8 over gloo too."""
+    one = Exporter(ranks.dense().config, headers(ranks.dense().tensors.items()), bucket_bytes=40_000)
+    pair = links()
+    here, there = (link._control for link in pair)
+    for bucket in one.export(ranks.dense().tensors.items()):
+        announced = list(zip(*metadata(bucket.tensors.items()), strict=True))
+        engine = [(name, torch.zeros(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in announced]
+
+        def receive(engine: Any = engine) -> None:
+            for _, tensor in engine:
+                there.broadcast(tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor, 0).wait()
+
+        sent = bucket.tensors
+        equal(together(lambda sent=sent: broadcast(sent.items(), here), receive), [None, None])
+        for name, tensor in engine:
+            same_bits(tensor, sent[name], name)
+
+
+def test_a_group_that_fails() -> None:
+    group = links(timeout=1.0)[1]._control
+    with pytest.raises(SyncError, match="a broadcast to the engine failed"):
+        broadcast([("a", torch.zeros(4))], group)

@@ -8,11 +8,11 @@ import torch
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.schema import LAYOUTS, Layout
-from halfbyte.export import Exporter, Placement
+from halfbyte.export import Exporter, Placement, headers
 from halfbyte.export.shards import to_megatron
 from halfbyte.recipe.load import load_recipe
 
-from ..check import equal, same_bits
+from ..check import equal, same_bits, true
 from ..checkpoint.models import read_all
 from . import ranks
 from .test_bytes import MODELS, RECIPES
@@ -36,6 +36,44 @@ def test_the_same_bytes_as_on_the_cpu(tmp_path: Path, name: str, recipe: str, la
         for key, tensor in wanted.items():
             equal(found[key].device.type, "cuda", key)
             same_bits(found[key].cpu(), tensor, key)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_exports(tmp_path: Path, name: str, recipe: str) -> None:
+    """Two buffers, a stream of its own, and weights that change between exports, which follow each other at once."""
+    model, options = MODELS[name](), load_recipe(recipe).options()
+    exporter = Exporter.like(model.save(tmp_path / "model"), options, bucket_bytes=30_000)
+    on_gpu = {key: tensor.cuda() for key, tensor in model.tensors.items()}
+    for tensors in (on_gpu, to_megatron(exporter.model, on_gpu, Placement())):
+        prepared = exporter.prepare(tensors.items())
+        kept = exporter.prepare(tensors.items(), keep=True)
+        found, wanted = [], []
+        for _ in range(3):
+            found.append({k: t.clone() for bucket in prepared.export() for k, t in bucket.tensors.items()})
+            wanted.append(exporter.export_all(tensors.items()))
+            at_the_end = {k: t for bucket in list(kept.export()) for k, t in bucket.tensors.items()}
+            for key, tensor in wanted[-1].items():
+                same_bits(at_the_end[key], tensor, key)
+            for tensor in tensors.values():
+                tensor.mul_(1.25)
+        for step, tensors_of in enumerate(wanted):
+            for key, tensor in tensors_of.items():
+                same_bits(found[step][key], tensor, f"{key} of step {step}")
+
+
+def test_launches_of_a_planned_export() -> None:
+    """Few, however many experts there are."""
+    model = ranks.moe()
+    on_gpu = {key: tensor.cuda() for key, tensor in model.tensors.items()}
+    prepared = Exporter(model.config, headers(on_gpu.items())).prepare(on_gpu.items())
+    list(prepared.export())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        list(prepared.export())
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    equal(len(prepared.buckets), 1)
+    true(0 < len(events) <= 12, f"{[e.name for e in events]}")
 
 
 def test_shards_on_a_gpu(tmp_path: Path) -> None:

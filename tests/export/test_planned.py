@@ -129,7 +129,7 @@ def test_not_finite(fmt: Any) -> None:
 
 def test_what_cannot_be_prepared() -> None:
     model = ranks.dense()
-    with pytest.raises(CheckpointError, match="gate_proj.weight did; engines fuse them"):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight did; engines fuse them"):
         exporter(model).prepare([(n, t) for n, t in model.tensors.items() if "up_proj" not in n])
     on_two = [(n, t.to("meta") if n == "model.norm.weight" else t) for n, t in model.tensors.items()]
     with pytest.raises(CheckpointError, match=r"parameters on \['cpu', 'meta'\]: an export is prepared for one device"):

@@ -17,6 +17,7 @@ from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.export import Exporter, Receiver, Sender, connect, headers, make_delta, update_engine
 from halfbyte.export.layout import Layout, place, salt_of
+from halfbyte.export.targets import Targets
 
 from ..check import equal, same_bits, true
 from ..checkpoint.models import read_all
@@ -138,6 +139,20 @@ def test_modules_that_keep_quantized_tensors() -> None:
     same_bits(layer.weight.block_scale, one[f"{path}.weight_scale"])
     equal(layer.weight.tensor_scale, one[f"{path}.weight_scale_2"])
     equal(layer.weight.packed.data_ptr(), before)
+
+
+def test_a_model_that_cannot_be_written_to() -> None:
+    """Experts as gpt-oss has them, with a square gate that would fit by its shape."""
+    root, experts = nn.Module(), nn.Module()
+    root.add_module("experts", experts)
+    experts.gate_up_proj, experts.gate_up_proj_bias = (nn.Parameter(torch.zeros(2, *s)) for s in ((64, 32), (32,)))
+    q = halfbyte.quantize(torch.ones(32, 32), halfbyte.NVFP4())
+    sent = {"weight": q.packed, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale}
+    shapes = {f"m.experts.0.gate_proj.{part}": (t.dtype, tuple(t.shape)) for part, t in sent.items()}
+    holder = nn.Module()
+    holder.add_module("m", root)
+    with pytest.raises(SyncError, match="experts with biases, transposed and interleaved"):
+        Targets(holder).updates(shapes, False)
 
 
 def flip(index: int, flat: Tensor) -> Tensor:
@@ -391,16 +406,12 @@ def test_the_order_of_an_engine() -> None:
 
 def test_writing_that_fails_serves_nothing() -> None:
     both = Both()
-    updates = next(iter(both.receiver._updates.values()))
-
-    def fail(tensors: Any) -> None:
-        raise RuntimeError("the device is gone")
-
-    good, updates[-1] = updates[-1], updates[-1]._replace(write=fail)
+    write = both.receiver._write[1]
+    write.copies.append(([torch.ones(1)], [torch.ones(2)]))
     for error in both.sync(2):
         true(isinstance(error, SyncError) and "the model must not serve until a full sync" in str(error), repr(error))
     equal(both.receiver.version, None)
-    updates[-1] = good
+    write.copies.pop()
     equal(both.sync(2), [None, 2], "a full sync")
     both.serves(2)
 

@@ -64,6 +64,8 @@ def test_again_and_again(fmt: NVFP4, nan: bool, rng: torch.Generator) -> None:
         maxima = torch.stack([own[of == group].amax() for group in range(max(GROUPS) + 1)])  # NaN wins
         prepared.run()
         compare(xs, fmt, out, list(maxima[of]))
+        if INTERPRETING and step:  # it is slow
+            continue
         equal(prepared.maxima().cpu(), maxima)
         given = maxima.nan_to_num(1.0) * 1.5
         prepared.run(given.to(DEVICE))

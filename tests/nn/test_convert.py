@@ -15,7 +15,7 @@ from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.nn import Linear, convert, revert
 from halfbyte.nn.linear import weight_amax
 from halfbyte.recipe import LayerOverride, LayerRecipe, TrainingRecipe, TransformerEngine
-from halfbyte.runtime import export
+from halfbyte.runtime import save_quantized
 
 from ..check import equal, same_bits, true
 
@@ -165,7 +165,7 @@ def test_an_exported_model_decodes_to_what_was_trained_with(rng, tiny: Any, tmp_
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     model(batch, labels=batch).loss.backward()
     optimizer.step()
-    report = export(model, DATA / "tiny", tmp_path / "out", recipe.options(layout))
+    report = save_quantized(model, DATA / "tiny", tmp_path / "out", recipe.options(layout))
     equal(len(report.weights), 4 * (4 + 3 * 8))
     equal(type(model.model.layers[1].self_attn.q_proj), Linear, "the model stays converted")
     loaded = dict(hb.load(tmp_path / "out", activations="none").named_parameters())
@@ -186,12 +186,12 @@ def test_an_exported_model_decodes_to_what_was_trained_with(rng, tiny: Any, tmp_
 def test_export_errors(tiny: Any, tmp_path: Path) -> None:
     options = TrainingRecipe().options()
     with pytest.raises(CheckpointError, match="no such directory; give the one"):
-        export(tiny, tmp_path / "none", tmp_path / "out", options)
+        save_quantized(tiny, tmp_path / "none", tmp_path / "out", options)
     with pytest.raises(CheckpointError, match="has no save_pretrained"):
-        export(nn.Linear(2, 2), DATA / "tiny", tmp_path / "out", options)
+        save_quantized(nn.Linear(2, 2), DATA / "tiny", tmp_path / "out", options)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="already exists"):
-        export(tiny, DATA / "tiny", tmp_path / "out", options)
+        save_quantized(tiny, DATA / "tiny", tmp_path / "out", options)
     equal([p.name for p in tmp_path.iterdir()], ["out"])
 
 

@@ -74,7 +74,10 @@ class Link:
             more = torch.zeros(size - (_PACKET - 8), dtype=torch.uint8)
             self._wait(lambda: self._control.broadcast(more, SENDER), "the sender's next message")
             text += more.numpy().tobytes()
-        message: dict[str, Any] = json.loads(text)
+        try:
+            message: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise self._fail(f"a message cannot be read: {error}") from error
         return message
 
     def agree(self, objection: str | None, what: str) -> None:
@@ -98,17 +101,25 @@ class Link:
                 said = vote.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
                 raise SyncError(said if rank == self.rank else f"rank {rank} refused: {said}")
 
-    def broadcast(self, flat: Tensor) -> None:
-        """Send flat, or as a receiver fill it. On a GPU it is only enqueued on the current stream: see `settle`.
+    def broadcast(self, flat: Tensor, stream: Any = None) -> None:
+        """Send flat, or as a receiver fill it. On a GPU it is only enqueued: see `settle`.
+
+        stream: CUDA: what waits until it is done; the current one unless given. It begins after the current one.
 
         Raises:
             SyncError: as `say`.
         """
-        self._check()
-        if self.device.type == "cuda":
-            self._data.broadcast(flat, SENDER).wait()  # the stream waits, not the host
-        else:
+        if self.device.type != "cuda":
             self._wait(lambda: self._data.broadcast(flat, SENDER), "a bucket")
+            return
+        self._check()
+        try:
+            with torch.cuda.device(self.device):
+                work = self._data.broadcast(flat, SENDER)
+                with torch.cuda.stream(stream):
+                    work.wait()  # the stream waits, not the host
+        except RuntimeError as error:
+            raise self._fail(f"sending a bucket: {str(error).splitlines()[0]}") from error
 
     def settle(self) -> None:
         """Wait until everything on the current stream is done.
@@ -116,15 +127,15 @@ class Link:
         Raises:
             SyncError: it is not within the timeout: a partner died in the middle of a transfer.
         """
+        self._check()
         if self.device.type != "cuda":
             return
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(self.device).record_event()
         end = time.monotonic() + self.timeout
         while not event.query():
             if time.monotonic() > end:
                 raise self._fail(f"a bucket did not arrive within {self.timeout} s")
-            time.sleep(1e-4)
+            time.sleep(5e-5)
 
     def close(self) -> None:
         """Give the link up; transfers that still wait for a partner end."""
@@ -196,4 +207,9 @@ def connect(
         raise SyncError(
             f"rank {rank} of {size}: not all came to the link {name!r} within {timeout} s: {str(error).splitlines()[0]}"
         ) from error
-    return Link(groups[0], groups[-1], rank, size, device, timeout)
+    link = Link(groups[0], groups[-1], rank, size, device, timeout)
+    if device.type == "cuda":  # NCCL makes its connections when first used
+        link.agree(None, "the link")
+        link.broadcast(torch.zeros(16, dtype=torch.uint8, device=device))
+        link.settle()
+    return link

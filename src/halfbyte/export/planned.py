@@ -47,11 +47,13 @@ class FlatBucket:
         index: its place in the sync.
         layout: what is where.
         flat: uint8, layout.nbytes and room for a seal.
+        ready: on a GPU: when it is filled, for streams other than the current one, which waits anyway.
     """
 
     index: int
     layout: Layout
     flat: Tensor
+    ready: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +168,7 @@ class PreparedExport:
                 with torch.cuda.stream(side):
                     self._fill(self._drafts[k], self.buckets[k])
                     filled.append(side.record_event())
+                    self.buckets[k].ready = filled[k]
             torch.cuda.current_stream(self._device).wait_event(filled[i])
             yield bucket
             free.append(torch.cuda.current_stream(self._device).record_event())
@@ -225,7 +228,7 @@ class PreparedExport:
             self._lay_out(draft)
         maxima = 0
         for job in (job for draft in self._drafts for job in draft.jobs):
-            job.amax, maxima = maxima, maxima + len(job.matrices)
+            job.amax, maxima = maxima, maxima + aligned(4 * len(job.matrices)) // 4  # kernels like alignment
         self._amax = torch.zeros(maxima, device=self._device)
         self._scales = torch.empty(maxima, device=self._device)  # S_dec where the layout has S_enc
         self._wrong = torch.zeros((), dtype=torch.bool, device=self._device)

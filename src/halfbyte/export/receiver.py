@@ -46,7 +46,7 @@ class Receiver:
         self._layouts: dict[str, Layout] = {}
         self._staging: dict[int, Tensor] = {}
         self._staged: list[Layout] = []
-        self._updates: dict[str, list[Update]] = {}
+        self._write: tuple[Any, _Write] | None = None  # of the last full sync
         self._is_base = False  # whether what is staged is what the model serves
 
     @property
@@ -81,13 +81,19 @@ class Receiver:
         delta = start["delta"]
         self._is_base &= delta is not None
         scratch: dict[int, Tensor] = {} if delta is not None else self._staging
+        checks = torch.cuda.Stream(link.device) if link.device.type == "cuda" else None
         try:
             while (message := link.hear())["what"] == "bucket":
                 layout = self._layout(message)
                 flat = _buffer(scratch, len(layouts), layout.nbytes + SEAL_BYTES, link.device)
                 link.broadcast(flat)
-                broken.append(is_broken(flat, layout.nbytes, salt_of(new, len(layouts))))
+                if checks is not None:  # while the next one travels
+                    checks.wait_stream(torch.cuda.current_stream(link.device))
+                with torch.cuda.stream(checks):
+                    broken.append(is_broken(flat, layout.nbytes, salt_of(new, len(layouts))))
                 layouts.append(layout)
+            if checks is not None:
+                torch.cuda.current_stream(link.device).wait_stream(checks)
         except BaseException:
             link.close()  # the others cannot go on without this rank: they notice at once
             raise
@@ -98,26 +104,25 @@ class Receiver:
         try:
             problem = _problem(broken, int(message["buckets"]), new)
             if problem is None and delta is None:
-                updates = self._updates_of(layouts)
+                write = self._full(layouts)
             elif problem is None:
                 changed = self._apply(delta, _tensors(scratch, layouts))
-                updates = self._targets.updates(_shapes(changed), False)
+                write = _Write(self._targets.updates(_shapes(changed), False), changed)
         except (SyncError, CheckpointError) as error:
             problem = str(error)
         link.agree(problem and f"{problem}; version {self.version} serves on", "whether everything arrived")
         if delta is None:
             self._staged = layouts
-            changed = _tensors(self._staging, layouts)
             for index in [i for i in self._staging if i >= len(layouts)]:
                 del self._staging[index]
             self._layouts = {layout.digest: layout for layout in layouts}
         failure: SyncError | None = None
         try:
-            self._take_over(new, updates, changed, serving, delta is not None)
+            self._take_over(new, write, changed, serving)
         except SyncError as error:
             failure = error
         with suppress(SyncError):  # another's trouble: here the new version serves
-            link.agree(failure and str(failure), "whether everyone has taken over")
+            link.agree(None if failure is None else str(failure), "whether everyone has taken over")
         if failure is not None:
             raise failure
         return new
@@ -149,12 +154,13 @@ class Receiver:
             raise SyncError("a bucket's layout was sent before this receiver came: make a new link, or a new Sender")
         return self._layouts[digest]
 
-    def _updates_of(self, layouts: list[Layout]) -> list[Update]:
+    def _full(self, layouts: list[Layout]) -> _Write:
         """What to do with a full sync of these layouts; the same as last time, as a rule."""
-        key = hashlib.sha256("".join(layout.digest for layout in layouts).encode()).hexdigest()
-        if key not in self._updates:
-            self._updates = {key: self._targets.updates(_shapes(_tensors(self._staging, layouts)), True)}
-        return self._updates[key]
+        key = tuple((layout.digest, self._staging[i].data_ptr()) for i, layout in enumerate(layouts))
+        if self._write is None or self._write[0] != key:
+            tensors = _tensors(self._staging, layouts)
+            self._write = key, _Write(self._targets.updates(_shapes(tensors), True), tensors)
+        return self._write[1]
 
     def _apply(self, delta: Mapping[str, Any], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a delta changes, as they are after it."""
@@ -168,22 +174,21 @@ class Receiver:
         weights = {name.rpartition(".")[0] for name in changes}
         return {n: t for n, t in every.items() if n in changes or n.rpartition(".")[0] in weights}
 
-    def _take_over(
-        self, version: int, updates: list[Update], tensors: dict[str, Tensor], serving: Serving | None, is_delta: bool
-    ) -> None:
-        """Write everything into the model. Nothing is expected to fail here; if it does, no version is served."""
+    def _take_over(self, version: int, write: _Write, changed: dict[str, Tensor], serving: Serving | None) -> None:
+        """Write everything into the model. Nothing is expected to fail here; if it does, no version is served.
+
+        changed: by a delta: what is staged changes with it.
+        """
         if serving is not None:
             serving.pause()
             serving.flush_cache()
         old, self.version = self.version, None
         try:
             with torch.no_grad():
-                for update in updates:
-                    update.write({source: tensors[source] for source in update.sources})
-                if is_delta:
-                    base = _tensors(self._staging, self._staged)
-                    for name, tensor in tensors.items():
-                        base[name].copy_(tensor)
+                write()
+                base = _tensors(self._staging, self._staged) if changed else {}
+                for name, tensor in changed.items():
+                    base[name].copy_(tensor)
         except BaseException as error:
             self._is_base = False
             raise SyncError(
@@ -194,6 +199,45 @@ class Receiver:
         if serving is not None:
             serving.set_version(version)
             serving.resume()
+
+
+class _Write:
+    """Everything that a version writes into the model, in few launches where bytes are only copied."""
+
+    def __init__(self, updates: list[Update], tensors: Mapping[str, Tensor]) -> None:
+        self.others: list[tuple[Update, dict[str, Tensor]]] = []
+        by_kind: defaultdict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for update in updates:
+            sources = {source: tensors[source] for source in update.sources}
+            plain = None if update.into is None else _as_words(update.into, *sources.values())
+            if plain is None:
+                self.others.append((update, sources))
+            else:
+                key = plain[0].dtype, plain[0].device, plain[1].device
+                by_kind[key][0].append(plain[0])
+                by_kind[key][1].append(plain[1])
+        self.copies = list(by_kind.values())
+
+    def __call__(self) -> None:
+        for into, sources in self.copies:
+            torch._foreach_copy_(into, sources)
+        for update, given in self.others:
+            update.write(given)
+
+
+def _as_words(into: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both as runs of the widest words that fit; None where they are not bytes to be copied as they are."""
+    if into.dtype != source.dtype or not (into.is_contiguous() and source.is_contiguous()):
+        return None
+    if not into.numel():
+        return None
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        if all(part % dtype.itemsize == 0 for part in (into.nbytes, into.data_ptr(), source.data_ptr())):
+            try:
+                return into.view(-1).view(dtype), source.view(-1).view(dtype)
+            except RuntimeError:  # its offset in its storage does not divide
+                continue
+    return None
 
 
 def _buffer(buffers: dict[int, Tensor], index: int, size: int, device: torch.device) -> Tensor:

@@ -32,12 +32,14 @@ class Update(NamedTuple):
         elements: how many of it are written.
         sources: the tensors that it needs, by their names on the wire.
         write: does it, given those; shapes were checked before.
+        into: where the only source is copied to, if that is all.
     """
 
     name: str
     elements: int
     sources: tuple[str, ...]
     write: Callable[[Mapping[str, Tensor]], None]
+    into: Tensor | None = None
 
 
 class Targets:
@@ -95,7 +97,7 @@ class Targets:
                 raise SyncError(
                     f"{name}: the engine has {into.dtype} {list(into.shape)}, sent was {dtype} {list(shape)}"
                 )
-            yield Update(self._alias[name], into.numel(), (name,), _Copy(name, into))
+            yield Update(self._alias[name], into.numel(), (name,), _Copy(name, into), into)
 
     def _into_modules(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[Update]:
         for name, (dtype, shape) in shapes.items():
@@ -117,7 +119,7 @@ class Targets:
                     )
                 if into.dtype != dtype and not (into.dtype.is_floating_point and dtype.is_floating_point):
                     raise SyncError(f"{name}: is {dtype}, the model has {into.dtype}")
-                yield Update(place.name, into.numel(), (name,), _Copy(name, into))
+                yield Update(place.name, into.numel(), (name,), _Copy(name, into), into)
                 continue
             layout, fmt = ("compressed-tensors" if parameter == "weight_packed" else "modelopt"), NVFP4()
             if dtype == torch.float8_e4m3fn:
@@ -148,6 +150,8 @@ class Targets:
             tensor = self._tensors.get(stacked)
             if tensor is None or tensor.dim() != 3 or int(expert[2]) >= len(tensor):
                 continue
+            if f"{stacked}_bias" in self._tensors:
+                raise SyncError(f"{stacked}: experts with biases, transposed and interleaved, cannot be written to")
             half = tensor.shape[1] // 2
             rows = None if is_down else slice(half, None) if expert[3] in _UP else slice(0, half)
             return _Place(self._alias[stacked], tensor, int(expert[2]), rows)

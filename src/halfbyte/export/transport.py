@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Sender:
         self.link = link
         self._known: set[str] = set()  # layouts that every receiver has
         self._flat: Tensor | None = None
+        self._stream: Any = torch.cuda.Stream(link.device) if link.device.type == "cuda" else None
 
     def send(self, buckets: Iterable[Bucket | FlatBucket], version: int) -> None:
         """Send all of a model's weights.
@@ -74,13 +76,12 @@ class Sender:
         try:
             for bucket in buckets:
                 layout, flat = self._flatten(bucket)
-                seal(flat, layout.nbytes, salt_of(version, len(layouts)))
                 message = {"what": "bucket", "layout": layout.digest}
                 if layout.digest not in self._known:
                     message["text"] = layout.text
                 self.link.say(message)
                 self._known.add(layout.digest)
-                self.link.broadcast(flat)
+                self._broadcast(bucket, flat, layout.nbytes, salt_of(version, len(layouts)))
                 layouts.append(layout)
         except BaseException as error:
             if self.link.problem is None:
@@ -91,6 +92,18 @@ class Sender:
         self.link.agree(None, "whether everything arrived")
         self._known = {layout.digest for layout in layouts}
         self.link.agree(None, "whether everyone has taken over")
+
+    def _broadcast(self, bucket: Bucket | FlatBucket, flat: Tensor, nbytes: int, salt: int) -> None:
+        """Seal and send; on a GPU a prepared bucket's seal is computed while the one before it is still travelling."""
+        if self._stream is None or not isinstance(bucket, FlatBucket) or bucket.ready is None:
+            seal(flat, nbytes, salt)
+            self.link.broadcast(flat)
+            return
+        consumer = torch.cuda.current_stream(self.link.device)
+        self._stream.wait_event(bucket.ready)
+        with torch.cuda.stream(self._stream):
+            seal(flat, nbytes, salt)
+            self.link.broadcast(flat, consumer)
 
     def _flatten(self, bucket: Bucket | FlatBucket) -> tuple[Layout, Tensor]:
         """A bucket in one run of bytes on the link's device."""

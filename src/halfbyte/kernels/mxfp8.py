@@ -79,9 +79,15 @@ def _dequantize(
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """(elements, block_scale); as `halfbyte.numerics.mxfp8.quantize`."""
-    m = as_matrices(x, per_matrix=False)
     elements = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // 32), dtype=torch.uint8, device=x.device)
+    quantize_into(x, elements, scale)
+    return elements, scale
+
+
+def quantize_into(x: Tensor, elements: Tensor, scale: Tensor) -> None:
+    """The same, into contiguous memory."""
+    m = as_matrices(x, per_matrix=False)
     blocks = x.numel() // 32
     if blocks:
         launch(
@@ -89,7 +95,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
             (blocks, m.columns // 32, m.stride_m, m.stride_k),
             BB=BLOCKS, DENSE=m.dense, KIND=m.kind, NATIVE=_target.native_level(x.device),
         )  # fmt: skip
-    return elements, scale
 
 
 def dequantize(elements: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,7 +59,7 @@ def _quantize(
     elif PART == "maxima":
         amax_tile(x_ptr, slot_ptr, zero, tile, blocks, 1, AMAX_BB, AMAX_STEPS, KIND, F.hadamard, NATIVE)
     else:
-        if (work >> 62) & 1:
+        if ((work >> 62) & 1) != 0:
             amax_tile(x_ptr, slot_ptr, zero, tile, blocks, 1, AMAX_BB, AMAX_STEPS, KIND, F.hadamard, NATIVE)
             publish(slot_ptr + 1)
         else:
@@ -94,9 +94,8 @@ class Prepared:
         self.table = torch.from_numpy(table).to(x.device)
         self.state = torch.zeros(count, 2, dtype=torch.int32, device=x.device)
         ahead = cdiv(AHEAD, amax_bb * 16 * x.element_size())
-        self.work = {
-            part: torch.from_numpy(words).to(x.device) for part, words in _orders(amax_tiles, tiles, of, count, ahead)
-        }
+        self._tiles = amax_tiles, tiles, of, count, ahead
+        self._work: dict[str, Tensor] = {}
 
     def maxima(self) -> Tensor:
         """Of each group, float32 (groups,)."""
@@ -113,7 +112,10 @@ class Prepared:
     def _launch(self, part: str, maxima: Tensor) -> None:
         if part != "values":
             self.state.zero_()
-        x, work = self.xs[0], self.work[part]
+        x = self.xs[0]
+        if part not in self._work:
+            self._work[part] = torch.from_numpy(_order(part, *self._tiles)).to(x.device)
+        work = self._work[part]
         launch(
             _quantize, len(work), (work, self.table, self.state, maxima, *self.out), (),
             COLUMNS=COLUMNS, PART=part, BB=self.bb, EVEN=self.even, AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS,
@@ -121,8 +123,8 @@ class Prepared:
         )  # fmt: skip
 
 
-def _orders(amax_tiles, tiles, groups, count: int, ahead: int):
-    """(part, a word for each program)."""
+def _order(part: str, amax_tiles, tiles, groups, count: int, ahead: int):
+    """A word for each program of a part."""
     n = len(tiles)
     until = np.cumsum(amax_tiles)
     group_until = np.zeros(count, np.int64)
@@ -131,10 +133,11 @@ def _orders(amax_tiles, tiles, groups, count: int, ahead: int):
     is_amax = np.repeat([True, False], n)
     at = np.concatenate((until - amax_tiles, group_until[groups] + ahead))
     order = np.lexsort((tensor, is_amax, at))  # of equals the quantization first
-    for part, chosen in (("both", order), ("maxima", order[is_amax[order]]), ("values", order[~is_amax[order]])):
-        lengths = np.concatenate((amax_tiles, tiles))[chosen]
-        tile = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        yield part, np.repeat(tensor[chosen] << 32 | np.where(is_amax[chosen], _IS_AMAX, 0), lengths) | tile
+    if part != "both":
+        order = order[is_amax[order] == (part == "maxima")]
+    lengths = np.concatenate((amax_tiles, tiles))[order]
+    tile = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(tensor[order] << 32 | np.where(is_amax[order], _IS_AMAX, 0), lengths) | tile
 
 
 __all__ = ["Prepared", "supports"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from ..formats import MXFP8, NVFP4, Format
 from .backends import Backend, _largest, backend, pick
 from .checks import check_error_weights, check_inputs
 
+QuantizeInto = Callable[[Tensor, Tensor, Tensor], None]
 PLACE_BLOCKS = 16  # each tensor begins at a multiple of so many blocks: 128 bytes of codes, 16 of scales
 
 
@@ -86,7 +88,11 @@ def prepare_many(
         if planned.supports(xs, fmt):
             return planned.Prepared(xs, groups, firsts, fmt, into)
     if isinstance(fmt, MXFP8):
-        return _PreparedMXFP8(xs, firsts, into, backend(name))
+        if name == "triton":
+            from ..kernels import mxfp8
+
+            return _PreparedMXFP8(xs, firsts, into, mxfp8.quantize_into)
+        return _PreparedMXFP8(xs, firsts, into, functools.partial(_quantize_and_copy, backend(name)))
     return _PreparedNVFP4(xs, groups, firsts, fmt, into, backend(name))
 
 
@@ -129,8 +135,8 @@ class _PreparedNVFP4:
 class _PreparedMXFP8:
     """Tensors that lie one behind the other in memory, such as stacked experts, as one."""
 
-    def __init__(self, xs: Sequence[Tensor], firsts: list[int], into: Into, run: Backend) -> None:
-        self.backend = run
+    def __init__(self, xs: Sequence[Tensor], firsts: list[int], into: Into, quantize_into: QuantizeInto) -> None:
+        self.quantize_into = quantize_into
         self.runs: list[tuple[Tensor, Tensor, Tensor]] = []
         start = 0
         for i in range(1, len(xs) + 1):
@@ -151,9 +157,13 @@ class _PreparedMXFP8:
     def run(self, maxima: Tensor | None = None) -> None:
         """See `Prepared`."""
         for x, elements, scale in self.runs:
-            made = self.backend.quantize_mxfp8(x)
-            elements.view(torch.uint8).copy_(made[0].view(torch.uint8))
-            scale.copy_(made[1])
+            self.quantize_into(x, elements, scale)
+
+
+def _quantize_and_copy(run: Backend, x: Tensor, elements: Tensor, scale: Tensor) -> None:
+    made = run.quantize_mxfp8(x)
+    elements.view(torch.uint8).copy_(made[0].view(torch.uint8))
+    scale.copy_(made[1])
 
 
 def _follows(a: Tensor, b: Tensor) -> bool:
