@@ -239,8 +239,8 @@ def train_argv(args: argparse.Namespace, source: Path, checkpoint: Path, env: Ma
     return argv + args.trainer_argv
 
 
-def main() -> int:
-    args = parse(sys.argv[1:])
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
     env = environment(args, os.environ)
     recipe = training_recipe(args, env)
     options = checkpoint_options(args, recipe)
@@ -251,19 +251,19 @@ def main() -> int:
         opened = Checkpoint(source)
         count = check_agreement(make_plan(opened, options), decoder_layers(opened), recipe, config)
         print(f"{count} weights are quantized alike in training and rollout")
-    argv = train_argv(args, source, checkpoint, env)
-    print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(argv), flush=True)
+    command = train_argv(args, source, checkpoint, env)
+    print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(command), flush=True)
     if args.dry_run:
         return 0
     if config:
         run = args.output_dir / args.run_id
         run.mkdir(parents=True, exist_ok=True)
         (run / "precision.yaml").write_text(config, encoding="utf-8")
-    return subprocess.run(argv, env={**os.environ, **env}, check=False).returncode
+    return subprocess.run(command, env={**os.environ, **env}, check=False).returncode
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except HalfbyteError as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from halfbyte.demo import DATA
+from halfbyte.errors import CheckpointError
 
 from .check import close, equal, true
 
@@ -119,42 +120,54 @@ def test_grpo_in_two_processes(tmp_path: Path) -> None:
         true(0 < line["difference_mean"] < 0.1 and line["difference_max"] < 2, str(line))
 
 
+@pytest.fixture(scope="module")
+def launcher() -> ModuleType:
+    return load("rl_launch")
+
+
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a trainer that notes what it was called with."""
     shutil.copytree(DATA / "tiny", tmp_path / "models" / "'; touch x'")
     (tmp_path / "train.py").write_text(
         "import json, os, sys\njson.dump([sys.argv, dict(os.environ)], open('seen', 'w'))"
     )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NVTE_NVFP4_4OVER6", "weights")
     return tmp_path
 
 
-def launch(where: Path, *options: str, ok: bool = True) -> str:
-    argv = [sys.executable, str(ROOT / "examples" / "rl_launch.py"), "--model-dir", "models", "--model-name", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NVTE_NVFP4_4OVER6": "weights"}
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment, check=False, cwd=where)
-    equal(done.returncode == 0, ok, done.stderr[-3000:])
-    return done.stdout + done.stderr
-
-
-def test_launch_without_a_shell(models: Path) -> None:
+def test_launch_without_a_shell(models: Path, launcher: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     name, own = "'; touch x'", ["--a", "$(touch x)", "`touch x`", "--rollout-batch-size", "32"]
-    quantized = ("--rollout-nvfp4", "--train-nvfp4", "--num-layers-at-start-in-bf16", "1", "--num-gpus-per-node", "4")
-    quantized += ("--extra-high-precision-layers-megatron", "layers.2.mlp.experts")
-    text = launch(models, name, *quantized, "--dry-run", "--", *own)
-    true("72 weights are quantized alike" in text and not (models / "models" / f"{name}-NVFP4").exists(), text)
-    launch(models, name, *quantized, "--", *own)
+    quantized = ["--model-name", name, "--rollout-nvfp4", "--train-nvfp4", "--num-gpus-per-node", "4"]
+    quantized += [
+        "--num-layers-at-start-in-bf16",
+        "1",
+        "--extra-high-precision-layers-megatron",
+        "layers.2.mlp.experts",
+    ]
+    equal(launcher.main([*quantized, "--dry-run", "--", *own]), 0)
+    true("72 weights are quantized alike" in capsys.readouterr().out, "the comparison")
+    equal(sorted(path.name for path in models.rglob("*-NVFP4")), [], "a dry run writes nothing")
+    command = [sys.executable, str(ROOT / "examples" / "rl_launch.py"), *quantized, "--", *own]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    equal(done.returncode, 0, done.stderr[-3000:])
     argv, environment = json.loads((models / "seen").read_text())
     equal(argv[:5], ["train.py", "--hf-checkpoint", f"models/{name}-NVFP4", "--ref-load", f"models/{name}"])
     equal(argv[-5:], own)
-    equal([path.name for path in models.iterdir() if path.name == "x"], [])
+    equal(list(models.rglob("x")), [], "a shell ran a name")
     equal(argv[argv.index("--rollout-num-gpus") + 1], "2")
+    true((models / argv[argv.index("--te-precision-config-file") + 1]).is_file(), "the precision config")
     equal((environment["NVTE_NVFP4_4OVER6"], environment["NVTE_BACKWARD_OVERRIDE"]), ("weights", "high_precision"))
     equal(json.loads(argv[argv.index("--train-env-vars") + 1])["NVTE_NVFP4_4OVER6"], "weights")
     made = json.loads((models / "models" / f"{name}-NVFP4" / "halfbyte.json").read_text())
     equal((made["format"]["scale_rule"], made["policy"]["only"]), ("four_over_six", "routed_experts"))
     # The checkpoint is used again, unless other options are asked for.
-    true("converting" not in launch(models, name, *quantized, "--dry-run"), "converted twice")
-    true("converted with" in launch(models, name, "--rollout-nvfp4", "--dry-run", ok=False), "other options")
+    equal(launcher.main([*quantized, "--dry-run"]), 0)
+    true("converting" not in capsys.readouterr().out, "converted twice")
+    with pytest.raises(CheckpointError, match="converted with"):
+        launcher.main(["--model-name", name, "--rollout-nvfp4", "--dry-run"])
 
 
 @pytest.mark.parametrize(
@@ -167,14 +180,17 @@ def test_launch_without_a_shell(models: Path) -> None:
         (("m", "--rollout-nvfp4", "--num-gpus-per-node", "1"), "one GPU each"),
     ],
 )
-def test_launch_refuses(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_refuses(
+    options: tuple[str, ...], message: str, launcher: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        load("rl_launch").parse(["--model-name", *options])
+        launcher.parse(["--model-name", *options])
     true(message in capsys.readouterr().err, message)
 
 
-def test_launch_notices_policies_that_differ(models: Path) -> None:
+@pytest.mark.usefixtures("models")
+def test_launch_notices_policies_that_differ(launcher: ModuleType) -> None:
     """A Hugging Face name that keeps a weight in high precision says nothing to the trainer."""
-    options = ("--rollout-nvfp4", "--train-nvfp4", "--extra-high-precision-layers-hf", "layers.3.mlp.experts.")
-    text = launch(models, "'; touch x'", *options, "--dry-run", ok=False)
-    true("the trainer would quantize it, the checkpoint does not" in text, text)
+    options = ["--rollout-nvfp4", "--train-nvfp4", "--extra-high-precision-layers-hf", "layers.3.mlp.experts."]
+    with pytest.raises(CheckpointError, match="the trainer would quantize it, the checkpoint does not"):
+        launcher.main(["--model-name", "'; touch x'", *options, "--dry-run"])
