@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors")
+PACKAGES = (
+    "torch", "triton", "numba", "llvmlite", "numpy", "nvidia-modelopt", "compressed-tensors", "transformers",
+    "humming-kernels",
+)  # fmt: skip
 
 
 def provenance(commit: str | None) -> dict[str, object]:

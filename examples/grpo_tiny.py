@@ -1,7 +1,7 @@
 """Reinforcement learning in 4 bits: GRPO on the shipped model, with a rollout process and a training process.
 
     python examples/grpo_tiny.py                                  # NVFP4, a few minutes on two cores
-    python examples/grpo_tiny.py --device cuda --variants all --seeds 0 1 --parallel 7 --steps 80 --plot grpo-tiny.png
+    python examples/grpo_tiny.py --device cuda --variants all --seeds 0 1 --parallel 7 --steps 60
     python examples/grpo_tiny.py --short                          # two steps, to see that it runs
 
 The task is counting modulo 3: a token is right if its id is the one before plus one, modulo 3; the reward of a sample
@@ -14,18 +14,16 @@ their log-probabilities. Advantages are relative to the samples of the same prom
 the trainer's probabilities to the rollout's. So what the two sides compute differently goes into the loss. It is
 measured before each optimizer step, where both have the same weights: |log p(trainer) − log p(rollout)|.
 
-Variants: bf16, and nvfp4 or 4over6 (a rule for weights) with one of three backward modes. One JSON line for each step
-goes to OUT/VARIANT-SEED.jsonl.
+Variants: bf16, and nvfp4 or 4over6 (a rule for weights) with one of three backward modes; --batch-invariant makes the
+difference exactly 0. One JSON line for each step goes to OUT/VARIANT-SEED.jsonl; grpo_results.py plots them.
 """
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
-import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +37,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 import halfbyte as hb
+from grpo_results import describe, read_lines, summary
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.demo import DATA
 from halfbyte.export import Bucket, Exporter, Piece, Receiver, Sender, connect, headers
+from halfbyte.invariant import batch_invariant, enable
 from halfbyte.nn import convert as convert_modules
 from halfbyte.recipe import TrainingRecipe, TransformerEngine
 
@@ -68,6 +68,7 @@ class Settings:
         lr: AdamW's.
         device: of both processes.
         dtype: of parameters and activations that are not quantized.
+        batch_invariant: both sides compute what they do for a token in one fixed order, so that they agree bit for bit.
         threads: of each process.
     """
 
@@ -82,7 +83,13 @@ class Settings:
     lr: float = 3e-4
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
+    batch_invariant: bool = False
     threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the run in logs and files."""
+        return f"{self.variant}-invariant" if self.batch_invariant else self.variant
 
 
 # --- The task and the algorithm
@@ -100,9 +107,10 @@ def advantages(reward: Tensor, group: int) -> Tensor:
     return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor, fixed_order: bool = False) -> Tensor:
     """logits (…, V), tokens (…) → (…): float32 log-probability of each token."""
-    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    with batch_invariant() if fixed_order else contextlib.nullcontext():
+        return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def policy_loss(log_probs: Tensor, old: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,27 +142,30 @@ def draw_prompts(ids: Tensor, settings: Settings, random: torch.Generator) -> Te
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: Tensor, new_tokens: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def generate(
+    model: Any, prompts: Tensor, new_tokens: int, random: torch.Generator, fixed_order: bool = False
+) -> tuple[Tensor, Tensor]:
     """Samples of the model's distribution, token by token: tokens (N, L + T), their log-probabilities (N, T)."""
     cache, tokens, log_probs = DynamicCache(config=model.config), [prompts], []
     for _ in range(new_tokens):
         logits = model(tokens[-1], past_key_values=cache, use_cache=True).logits[:, -1]
         token = torch.multinomial(logits.float().softmax(-1), 1, generator=random)
         tokens.append(token)
-        log_probs.append(token_log_probs(logits, token[:, 0]))
+        log_probs.append(token_log_probs(logits, token[:, 0], fixed_order))
     return torch.cat(tokens, 1), torch.stack(log_probs, 1)
 
 
-def recipe_of(variant: str, seed: int) -> TrainingRecipe | None:
+def recipe_of(variant: str, seed: int, batch_invariant: bool = False) -> TrainingRecipe | None:
     """What the trainer quantizes; None for bf16. Inputs are row-scaled: a token's codes do not depend on the batch."""
     if variant == "bf16":
         return None
     name, _, backward = variant.partition("-")
     weights = hb.NVFP4(scale_rule="four_over_six") if name == "4over6" else hb.NVFP4()
     if backward != "quantized":
-        return TrainingRecipe(hb.NVFP4(scaling="row"), weights, backward=backward, reuse_weights=True, seed=seed)
-    default = TransformerEngine(disable_2d_quantization=True, row_scaled_activation=True).recipe()
-    return replace(default, weights=weights, reuse_weights=True, seed=seed)
+        recipe = TrainingRecipe(hb.NVFP4(scaling="row"), weights, backward=backward)
+    else:
+        recipe = TransformerEngine(disable_2d_quantization=True, row_scaled_activation=True).recipe()
+    return replace(recipe, weights=weights, reuse_weights=True, seed=seed, batch_invariant=batch_invariant)
 
 
 def options_of(variant: str) -> Options | None:
@@ -176,8 +187,10 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.model = load_model(settings)
-        if recipe := recipe_of(settings.variant, settings.seed):
+        if recipe := recipe_of(settings.variant, settings.seed, settings.batch_invariant):
             convert_modules(self.model, recipe)
+        elif settings.batch_invariant:
+            enable(self.model)
         self.parameters = list(self.model.parameters())
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.95))
@@ -185,7 +198,8 @@ class Trainer:
     def log_probs(self, tokens: Tensor) -> Tensor:
         """(N, L + T) → (N, T), all in one forward pass."""
         first = self.settings.prompt_tokens
-        return token_log_probs(self.model(tokens[:, :-1], use_cache=False).logits[:, first - 1 :], tokens[:, first:])
+        logits = self.model(tokens[:, :-1], use_cache=False).logits[:, first - 1 :]
+        return token_log_probs(logits, tokens[:, first:], self.settings.batch_invariant)
 
     def learn(self, tokens: Tensor, old: Tensor) -> dict[str, float]:
         """The optimizer steps of one batch; what was seen in the first, before the weights changed."""
@@ -248,7 +262,7 @@ def train(settings: Settings, store: dist.Store, samples: Any, log: Path) -> Non
                 torch.from_numpy(tokens).to(settings.device), torch.from_numpy(old).to(settings.device)
             )
             seconds = {"sync": sent - began, "rollout": came - sent, "train": time.perf_counter() - came}
-            line = {"variant": settings.variant, "seed": settings.seed, "step": step, **seen, "seconds": seconds}
+            line = {"variant": settings.name, "seed": settings.seed, "step": step, **seen, "seconds": seconds}
             file.write(json.dumps(line) + "\n")
             file.flush()
             if step % max(1, settings.steps // 6) == 0 or step == settings.steps - 1:
@@ -259,15 +273,20 @@ def roll_out(settings: Settings, store: dist.Store, samples: Any, checkpoint: Pa
     """The rollout process: take weights, generate, send samples."""
     if checkpoint is None:
         model = load_model(settings)
+        if settings.batch_invariant:
+            enable(model)
     else:
-        model = hb.load(checkpoint, dtype=settings.dtype, device=settings.device, activations="row")
+        model = hb.load(
+            checkpoint, dtype=settings.dtype, device=settings.device, activations="row",
+            batch_invariant=settings.batch_invariant,
+        )  # fmt: skip
     receiver, link = Receiver(model), connect(store, ROLLOUT, 2, timeout=TIMEOUT)
     ids, random = text_ids(), torch.Generator().manual_seed(settings.seed)
     sampling = torch.Generator(settings.device).manual_seed(settings.seed)
     for step in range(settings.steps):
         version = receiver.receive(link, version=step)
         prompts = draw_prompts(ids, settings, random).to(settings.device)
-        tokens, log_probs = generate(model, prompts, settings.new_tokens, sampling)
+        tokens, log_probs = generate(model, prompts, settings.new_tokens, sampling, settings.batch_invariant)
         samples.put((version, tokens.cpu().numpy(), log_probs.cpu().numpy()))
 
 
@@ -275,8 +294,8 @@ def process(rank: int, settings: Settings, directory: Path, log: Path, samples: 
     """What mp.spawn starts twice for each run."""
     logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
-    store = dist.FileStore(str(directory / f"{settings.variant}-{settings.seed}.store"), 2)
-    options, checkpoint = options_of(settings.variant), directory / f"{settings.variant}-{settings.seed}"
+    store = dist.FileStore(str(directory / f"{settings.name}-{settings.seed}.store"), 2)
+    options, checkpoint = options_of(settings.variant), directory / f"{settings.name}-{settings.seed}"
     if rank == ROLLOUT:
         store.wait(["converted"])
         roll_out(settings, store, samples, checkpoint if options else None)
@@ -295,81 +314,12 @@ def run_all(runs: Sequence[Settings], out: Path, parallel: int) -> None:
             contexts = []
             for settings in some:
                 samples = mp.get_context("spawn").SimpleQueue()
-                log = out / f"{settings.variant}-{settings.seed}.jsonl"
+                log = out / f"{settings.name}-{settings.seed}.jsonl"
                 args = (settings, Path(temporary), log, samples)
                 contexts.append(mp.spawn(process, args, nprocs=2, join=False))
             for context in contexts:
                 while not context.join():
                     pass
-
-
-# --- The results
-
-
-def describe(line: dict[str, Any]) -> str:
-    return (
-        f"{line['variant']:>21} seed {line['seed']} step {line['step']:3}: reward {line['reward']:.3f}, |Δ log p| mean "
-        f"{line['difference_mean']:.5f} max {line['difference_max']:.3f}, clipped {line['clipped']:.1%}, seconds "
-        + ", ".join(f"{name} {value:.2f}" for name, value in line["seconds"].items())
-    )
-
-
-def read_lines(out: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """Variant → the lines of each seed."""
-    found: defaultdict[str, list[list[dict[str, Any]]]] = defaultdict(list)
-    for variant in VARIANTS:
-        for file in sorted(out.glob(f"{variant}-[0-9]*.jsonl")):
-            found[variant].append([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
-    return dict(found)
-
-
-def summary(found: dict[str, list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """One row for each run: the reward of the first and last tenth of its steps, and the differences over all."""
-    rows = []
-    for variant, seeds in found.items():
-        for lines in seeds:
-            part = max(1, len(lines) // 10)
-            rows.append(
-                {
-                    "variant": variant,
-                    "seed": lines[0]["seed"],
-                    "steps": len(lines),
-                    "reward_first": statistics.mean(line["reward"] for line in lines[:part]),
-                    "reward_last": statistics.mean(line["reward"] for line in lines[-part:]),
-                    "difference_mean": statistics.mean(line["difference_mean"] for line in lines),
-                    "difference_max": max(line["difference_max"] for line in lines),
-                }
-            )
-    return rows
-
-
-def plot(found: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """Reward and differences over steps: a thin line for each seed, a thick one for their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(3, 1, figsize=(9, 11), sharex=True)
-    shown = (("reward", "reward"), ("difference_mean", "mean |Δ log p|"), ("difference_max", "maximum |Δ log p|"))
-    for panel, (key, label) in zip(panels, shown, strict=True):
-        for index, (variant, seeds) in enumerate(found.items()):
-            curves = [[line[key] for line in lines] for lines in seeds]
-            mean = [statistics.mean(values) for values in zip(*curves, strict=False)]
-            for curve in curves:
-                panel.plot(curve, color=f"C{index}", linewidth=0.5, alpha=0.4)
-            panel.plot(mean, color=f"C{index}", linewidth=1.5, label=f"{variant} ({len(seeds)})")
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
-    for panel in panels[1:]:
-        panel.set_yscale("symlog", linthresh=1e-4)
-        panel.set_ylim(bottom=0)
-    panels[0].legend(fontsize=8, title="variant (seeds)")
-    panels[0].axhline(1 / MODULUS, linestyle=":", color="gray")
-    panels[-1].set_xlabel("step")
-    figure.suptitle("GRPO on the tiny model: log-probabilities of trainer and rollout under the same weights")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def parse() -> argparse.Namespace:
@@ -382,14 +332,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=default.lr)
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--batch-invariant", action="store_true", help="trainer and rollout agree bit for bit")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, of two processes each")
     parser.add_argument("--out", type=Path, default=Path("grpo-tiny"), help="directory of the lines")
-    parser.add_argument("--plot", type=Path, help="a PNG file; needs matplotlib")
-    parser.add_argument("--plot-only", action="store_true", help="of what is in OUT, without a run")
     parser.add_argument("--short", action="store_true", help="two steps of a few samples")
     args = parser.parse_args()
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib, or leave it out and use --plot-only elsewhere")
     if args.short:
         args.steps, args.prompts, args.group, args.new_tokens = 2, 1, 4, 4
     return args
@@ -401,17 +348,14 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // args.parallel)
     base = Settings(
         steps=args.steps, prompts=args.prompts, group=args.group, new_tokens=args.new_tokens, epochs=args.epochs,
-        lr=args.lr, device=args.device, dtype=getattr(torch, args.dtype), threads=threads,
+        lr=args.lr, device=args.device, dtype=getattr(torch, args.dtype), batch_invariant=args.batch_invariant,
+        threads=threads,
     )  # fmt: skip
     variants = VARIANTS if "all" in args.variants else tuple(args.variants)
     runs = [replace(base, variant=variant, seed=seed) for seed in args.seeds for variant in variants]
-    if not args.plot_only:
-        run_all(runs, args.out, args.parallel)
-    found = read_lines(args.out)
-    for row in summary(found):
+    run_all(runs, args.out, args.parallel)
+    for row in summary(read_lines(args.out)):
         print(json.dumps(row))
-    if args.plot:
-        plot(found, args.plot)
     print(f"{time.time() - began:.0f} s")
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .check import equal, true
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +69,21 @@ def test_export(tmp_path: Path) -> None:
         true(result["gate_weights"] > 100_000, "the gate")
         true({"commit", "versions", "hardware"} <= set(result), "where it comes from")
     true(result["bytes_sent"] == result["receiver_staged_bytes"] > 0, f"{result}")
+
+
+@pytest.mark.slow
+def test_batch_invariance(tmp_path: Path) -> None:
+    """Trainer and rollout are compared in full; nothing is timed on a CPU."""
+    file = tmp_path / "invariant.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "invariant.py"), "--device", "cpu", "--small", "--commit", "abc",
+        "--json", str(file),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    equal(done.returncode, 0, done.stderr[-2000:])
+    result = json.loads(file.read_text())
+    equal((result["commit"], result["hardware"], result["without_humming"]), ("abc", "CPU", "it needs a GPU"))
+    for found in result["log_probabilities"].values():
+        for how in ("W4A4", "weights"):
+            equal(found[f"{how}, batch-invariant"], {"mean": 0.0, "max": 0.0}, how)
+            true(found[how]["mean"] > 0, f"{how}: equal without batch invariance too")

@@ -22,7 +22,7 @@ from .checkpoint.shards import read_json
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
-    from .runtime import Activations
+    from .serving import Activations
 
 WINDOW = 511
 

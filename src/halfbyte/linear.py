@@ -25,6 +25,7 @@ def linear(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     accumulate_into: Tensor | None = None,
+    batch_invariant: bool = False,
     impl: ops.Impl = "auto",
 ) -> Tensor:
     """x (…, K) · w (N, K)ᵀ + bias → (…, N), of the values that x and w decode to.
@@ -36,6 +37,10 @@ def linear(
         bias: (N,) float32, bfloat16 or float16.
         out_dtype: float32, bfloat16 or float16; of no effect with accumulate_into.
         accumulate_into: float32 (…, N), to which the float32 result is added in place; it is returned.
+        batch_invariant: a row of the result depends on w and on the codes and scales of its row of x alone, bit for
+            bit, whatever the other rows are and however many. So that a row's scale does not either, quantize x with
+            scaling="row", as MXFP8, or under an amax that is fixed. Not on FP4 tensor cores, whose matmul chooses an
+            order by its shape, nor with accumulate_into.
         impl: "auto": FP4 tensor cores where the GPU has them; on other GPUs bfloat16 ones, of exact q·s; on a CPU
             float32. "triton": the second, on any GPU. "cpu", "reference": float32, float64. An operand that is not
             quantized is multiplied in its own dtype.
@@ -44,7 +49,7 @@ def linear(
         ShapeError: x and w do not fit; a scale is missing, or of another dtype, shape or device than its operand's
             format says; bias or accumulate_into does not fit.
         FormatError: one of x and w went through a Hadamard transform and the other did not; neither is quantized;
-            MXFP8 with float16, which does not hold its values.
+            MXFP8 with float16, which does not hold its values; batch_invariant with accumulate_into.
         UnsupportedError: impl cannot run here.
 
     Numerics: float32 sums, in any order; scales, bias and out_dtype one rounding each.
@@ -58,9 +63,10 @@ def linear(
     b_scale = _scale(w, "w", ((),), w.shape[:-1])
     if accumulate_into is not None:
         accumulate_into = _as_matrix(accumulate_into, (*lead, columns), rows)
-    out = {"bias": bias, "out_dtype": out_dtype, "accumulate_into": accumulate_into}
+    out: dict[str, object] = {"bias": bias, "out_dtype": out_dtype, "accumulate_into": accumulate_into}
     if (
         impl == "auto"
+        and not batch_invariant
         and isinstance(x, QuantizedTensor)
         and isinstance(w, QuantizedTensor)
         and x.format_facts.name == w.format_facts.name
@@ -70,6 +76,7 @@ def linear(
         y = ops.block_scaled_matmul(*codes, a_scale, b_scale, **out)  # type: ignore[arg-type]
     else:
         a, b = _values(x, w, impl)
+        out["batch_invariant"] = batch_invariant
         y = ops.scaled_matmul(a.reshape(rows, k), b, a_scale, b_scale, impl=impl, **out)  # type: ignore[arg-type]
     return y.view(*lead, columns)
 
@@ -81,6 +88,7 @@ def grouped_linear(
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
     impl: ops.Impl = "auto",
 ) -> Tensor:
     """Rows of x (T, K), sorted by expert, each times its expert's matrix of w (E, N, K): (T, N).
@@ -92,12 +100,14 @@ def grouped_linear(
             expert may have no rows. Rows past the last end give zeros. On a GPU the values are not looked at.
         bias: (E, N) float32, bfloat16 or float16.
         out_dtype: float32, bfloat16 or float16.
+        batch_invariant: as for `linear`; which experts other rows go to does not matter either.
         impl: as for `linear`; all GPUs multiply exact q·s on bfloat16 tensor cores.
 
     Raises:
         ShapeError, FormatError, UnsupportedError: as `linear`.
 
-    Numerics: as `linear`, but that torch's grouped matmul on a GPU rounds the sums to bfloat16 before they are scaled.
+    Numerics: as `linear`, but that torch's grouped matmul on a GPU rounds the sums to bfloat16 before they are scaled;
+        with batch_invariant=True it does not.
     """
     _check_operands(x, w, 3)
     if len(x.shape) != 2:
@@ -105,7 +115,9 @@ def grouped_linear(
     a_scale = _scale(x, "x", ((),), x.shape[:-1])
     b_scale = _scale(w, "w", ((), w.shape[:1]), w.shape[:-1])
     a, b = _values(x, w, impl)
-    return ops.scaled_grouped_matmul(a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype, impl=impl)
+    return ops.scaled_grouped_matmul(
+        a, b, offsets, a_scale, b_scale, bias=bias, out_dtype=out_dtype, batch_invariant=batch_invariant, impl=impl
+    )
 
 
 def _check_operands(x: Operand, w: Operand, w_dims: int) -> None:

@@ -8,31 +8,29 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import names
+from . import invariant, names, serving
 from .checkpoint.convert import Report, convert
 from .checkpoint.dequantize import decode
 from .checkpoint.options import Options
 from .checkpoint.plan import decoder_layers
-from .checkpoint.schema import SCALE_PARAMETERS, weight_names
+from .checkpoint.schema import SCALE_PARAMETERS
 from .checkpoint.shards import copy_companions
 from .checkpoint.verify import Contents, open_quantized
 from .errors import CheckpointError, HalfbyteError, UnsupportedError
 from .formats import MXFP8, NVFP4
 from .functional import fake_quantize, quantize
-from .names import Name
 from .ops import FLOAT_DTYPES
+from .serving import PART, Activations, experts_of, static_amax
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERTS_FUNCTION = "halfbyte_quantized_inputs"
 FakeQuantize = Callable[[Tensor], Tensor]
-Activations = Literal["stored", "none", "row"]
 _UNCHANGED: Mapping[tuple[int, str], FakeQuantize] = defaultdict(lambda: lambda x: x)
-_PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def load(
@@ -41,6 +39,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     activations: Activations = "stored",
+    batch_invariant: bool = False,
 ) -> nn.Module:
     """A transformers model that computes with the checkpoint's quantized weights.
 
@@ -55,10 +54,15 @@ def load(
         activations: "stored": as the checkpoint says. "none": inputs stay as they are, to see what the weights alone
             cost. "row": inputs of quantized layers are row-scaled, each token by itself, as engines do that compute
             activation scales as they go; MXFP8 as ever.
+        batch_invariant: what is computed for a token depends on its sequence up to it alone, bit for bit: decoding
+            token by token, in any batch, is one forward pass over the sequence, and is what a trainer with the same
+            `TrainingRecipe(batch_invariant=True)` computes. Quantized weights are then QuantizedTensors, whose bytes
+            a weight sync may write to; q·s is kept beside them in bfloat16. See `docs/rl.md`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
-        UnsupportedError: transformers is not installed, or has no place to quantize a layer's activations.
+        UnsupportedError: transformers is not installed, or has no place to quantize a layer's activations, or the
+            model cannot be batch-invariant.
     """
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype={dtype}: choose torch.bfloat16, torch.float16 or torch.float32")
@@ -86,9 +90,13 @@ def load(
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {problems}")
-    if activations != "none":
+    if batch_invariant:
+        serving.serve(model, contents, activations)
+    elif activations != "none":
         _quantize_inputs(model, contents, activations == "row")
     runnable: nn.Module = model.to(device).eval()
+    if batch_invariant:
+        invariant.enable(runnable)
     return runnable
 
 
@@ -139,7 +147,7 @@ def stack_experts(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tenso
     for name, tensor in state.items():
         found = _EXPERT.match(name)
         if found and f"{found[1]}.gate_up_proj" in wanted:
-            experts[found[1]][int(found[2])][_PART.get(found[3], found[3])] = tensor
+            experts[found[1]][int(found[2])][PART.get(found[3], found[3])] = tensor
         else:
             stacked[name] = tensor
     for module, by_index in experts.items():
@@ -181,8 +189,8 @@ def _quantize_inputs(model: Any, contents: Contents, by_row: bool) -> None:
         quantizer = _input_quantizer(contents, name.module, by_row)
         if isinstance(modules.get(name.module), nn.Linear):
             modules[name.module].register_forward_pre_hook(partial(_quantize_linear_input, quantizer))
-        elif name.expert is not None and (module := _experts_of(name, modules)) is not None:
-            experts[module][name.expert, _PART.get(name.leaf, name.leaf)] = quantizer
+        elif name.expert is not None and (module := experts_of(name, modules)) is not None:
+            experts[module][name.expert, PART.get(name.leaf, name.leaf)] = quantizer
         else:
             raise UnsupportedError(
                 f"{name.module}: not a Linear of {type(model).__name__}, so its quantized activations cannot be "
@@ -197,12 +205,6 @@ def _quantize_inputs(model: Any, contents: Contents, by_row: bool) -> None:
             modules[module].halfbyte_inputs = quantizers
 
 
-def _experts_of(name: Name, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module that holds a routed expert; transformers ≥ 5 calls block_sparse_moe mlp."""
-    path = name.experts_module or ""
-    return next((p for p in (path, path.replace(".block_sparse_moe.", ".mlp.")) if p in modules and p), None)
-
-
 def _input_quantizer(contents: Contents, module: str, by_row: bool) -> FakeQuantize:
     """x → the decoded values of its quantization: for NVFP4 by row or under a static scale, dynamically for MXFP8."""
     fmt = contents.formats[module]
@@ -210,9 +212,7 @@ def _input_quantizer(contents: Contents, module: str, by_row: bool) -> FakeQuant
         return lambda x: quantize(x, fmt).dequantize(x.dtype)
     if by_row:
         return lambda x: fake_quantize(x, NVFP4(scaling="row"))
-    parameters = weight_names(contents.quantization.layout, fmt)
-    scale = contents.checkpoint.read(f"{module}.{parameters.input_scale}").reshape(()).clone()
-    amax = (1.0 / scale if parameters.divisors else scale) * 2688.0  # 6 · 448: the amax whose S_dec is the input scale
+    amax = static_amax(contents, module)
     return lambda x: quantize(x, fmt, amax=amax.to(x.device)).dequantize(x.dtype)
 
 

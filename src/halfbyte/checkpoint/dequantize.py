@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensor import QuantizedTensor
 from .convert import DEFAULT_SHARD_BYTES, Progress, shard, write_index
 from .schema import SCALE_PARAMETERS, Entry, quantized_tensor, weight_names
 from .shards import DTYPES, ShardWriter, TensorInfo, copy_companions, whole_or_nothing, write_json
@@ -80,13 +81,18 @@ def output_entries(contents: Contents, dtype: str) -> dict[str, Entry]:
 
 def decode(contents: Contents, module: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """One weight's decoded values."""
+    values: Tensor = read_weight(contents, module, device).dequantize(dtype)
+    return values
+
+
+def read_weight(contents: Contents, module: str, device: torch.device | str) -> QuantizedTensor:
+    """One weight as it is stored."""
     tensors = {
         name: contents.checkpoint.read(name).to(device)
         for name in _parts(contents, module)
         if name in contents.checkpoint.tensors
     }
-    q = quantized_tensor(contents.quantization.layout, contents.formats[module], module, tensors)
-    return q.dequantize(dtype)
+    return quantized_tensor(contents.quantization.layout, contents.formats[module], module, tensors)
 
 
 def _parts(contents: Contents, module: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ def launch(
     words: tuple[Any, ...] = (),
     *,
     num_warps: int = 4,
+    num_stages: int = 3,
     maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
@@ -41,13 +42,13 @@ def launch(
     device = tensors[0].get_device()
     pointers = [t.data_ptr() for t in tensors]
     key = (
-        id(kernel), device, num_warps, maxnreg, numbers, *constants.values(),
+        id(kernel), device, num_warps, num_stages, maxnreg, numbers, *constants.values(),
         *[t.dtype for t in tensors], *[pointer % 16 for pointer in pointers],
     )  # fmt: skip
     grid = (programs, 1, 1) if isinstance(programs, int) else programs
     found = _COMPILED.get(key)
     if found is None or device != torch.cuda.current_device():
-        _first(key, kernel, grid, tensors, (*numbers, *words), num_warps, maxnreg, constants)
+        _first(key, kernel, grid, tensors, (*numbers, *words), num_warps, num_stages, maxnreg, constants)
     else:
         compiled, last = found
         compiled[grid](*pointers, *numbers, *words, *last)
@@ -60,6 +61,7 @@ def _first(
     tensors: tuple[Tensor, ...],
     numbers: tuple[Any, ...],
     num_warps: int,
+    num_stages: int,
     maxnreg: int | None,
     constants: dict[str, Any],
 ) -> None:
@@ -67,8 +69,9 @@ def _first(
     given = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in tensors]
     with torch.cuda.device(tensors[0].device):
         compiled = kernel[grid](
-            *given, *numbers, **constants, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=False
-        )
+            *given, *numbers, **constants, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     if len(_COMPILED) >= _MOST:
         _COMPILED.clear()
     _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) + len(numbers) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -55,3 +56,11 @@ def has_fp4_matmul(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch.nn.functional, "scaled_mm"):
         return False
     return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (10, 0)
+
+
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use 160 KiB of shared memory: data center GPUs from sm_80 on."""
+    if INTERPRETING:
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) >= 160 << 10

@@ -41,6 +41,34 @@ def _along(ptr, row, column, expert, columns, AXIS: tl.constexpr, row_mask, colu
 
 
 @jit
+def scaled(
+    value, a_scale_ptr, b_scale_ptr, bias_ptr, row, column, expert, columns, row_mask, column_mask,
+    A: tl.constexpr, B: tl.constexpr, BIAS: tl.constexpr, BIAS_KIND: tl.constexpr,
+):  # fmt: skip
+    """Float32 sums [BM, BN] · (a_scale · b_scale) + bias, one rounding each; A, B, BIAS: as `_along` takes them."""
+    if A != "none":
+        alpha = _along(a_scale_ptr, row, column, expert, columns, A, row_mask, column_mask)
+        if B != "none":
+            alpha *= _along(b_scale_ptr, row, column, expert, columns, B, row_mask, column_mask)
+        value *= alpha
+    elif B != "none":
+        value *= _along(b_scale_ptr, row, column, expert, columns, B, row_mask, column_mask)
+    if BIAS != "none":
+        bias = _along(bias_ptr, row, column, expert, columns, BIAS, row_mask, column_mask)
+        value += as_float32(bias, BIAS_KIND)
+    return value
+
+
+@jit
+def store(out, value, mask, OUT: tl.constexpr, NATIVE: tl.constexpr):
+    """Float32 rounded to the dtype that OUT is the kind of, and stored where mask holds."""
+    if NATIVE == 0 and OUT == 0:  # by bits: the interpreter's cast rounds otherwise, and loses subnormals
+        value = tl.where(value == value, round_to_kind(value, OUT), value)
+        value = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(out, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
 def _epilogue(
     total_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, offsets_ptr, out_ptr,
     rows, columns, experts, column_tiles, total_stride, out_stride_m, out_stride_n,
@@ -61,26 +89,16 @@ def _epilogue(
         expert = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1).to(tl.int64)  # [BM]
         row_mask &= expert < experts
     total = tl.load(total_ptr + row[:, None] * total_stride + column[None, :], mask=mask, other=0.0)
-    value = as_float32(total, TOTAL)  # [BM, BN]
-    if A != "none":
-        alpha = _along(a_scale_ptr, row, column, expert, columns, A, row_mask, column_mask)
-        if B != "none":
-            alpha *= _along(b_scale_ptr, row, column, expert, columns, B, row_mask, column_mask)
-        value *= alpha
-    elif B != "none":
-        value *= _along(b_scale_ptr, row, column, expert, columns, B, row_mask, column_mask)
-    if BIAS != "none":
-        bias = _along(bias_ptr, row, column, expert, columns, BIAS, row_mask, column_mask)
-        value += as_float32(bias, BIAS_KIND)
+    value = scaled(
+        as_float32(total, TOTAL), a_scale_ptr, b_scale_ptr, bias_ptr, row, column, expert, columns, row_mask,
+        column_mask, A, B, BIAS, BIAS_KIND,
+    )  # fmt: skip  # [BM, BN]
     if BE:  # what lies past the last expert's end was never computed
         value = tl.where(row_mask[:, None], value, 0.0)
     out = out_ptr + row[:, None] * out_stride_m + column[None, :].to(tl.int64) * out_stride_n
     if ADD:
         value += tl.load(out, mask=mask, other=0.0)
-    if NATIVE == 0 and OUT == 0:  # by bits: the interpreter's cast rounds otherwise, and loses subnormals
-        value = tl.where(value == value, round_to_kind(value, OUT), value)
-        value = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=mask)
+    store(out, value, mask, OUT, NATIVE)
 
 
 def epilogue(
@@ -115,16 +133,17 @@ def epilogue(
         out, rows, columns, experts, column_tiles, total.stride(0), out.stride(0), out.stride(1),
         BM=bm, BN=bn, BE=triton.next_power_of_2(experts) if experts else 0,
         TOTAL=KINDS[total.dtype], OUT=KINDS[out.dtype],
-        A=_axis(a_scale, ("one", "rows", "")),
-        B=_axis(b_scale, ("one", "columns" if offsets is None else "experts", "experts and columns")),
-        BIAS=_axis(bias, ("one", "columns", "experts and columns")),
+        A=axis(a_scale, ("one", "rows", "")),
+        B=axis(b_scale, ("one", "columns" if offsets is None else "experts", "experts and columns")),
+        BIAS=axis(bias, ("one", "columns", "experts and columns")),
         BIAS_KIND=2 if bias is None else KINDS[bias.dtype], ADD=accumulate,
         NATIVE=_target.native_level(total.device), num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def _axis(value: Tensor | None, names: tuple[str, str, str]) -> str:
+def axis(value: Tensor | None, names: tuple[str, str, str]) -> str:
+    """What `_along` is told of a scale or bias of no, one or two dimensions."""
     return "none" if value is None else names[value.dim()]
 
 

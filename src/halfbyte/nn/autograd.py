@@ -102,7 +102,7 @@ class QuantizedLinear(torch.autograd.Function):
                 saved = list(encoded)
             else:
                 x_operand = fake(x, layer.activations, amax)
-        y = _forward_matmul(x_operand, Operand(values, scale), bias, x.dtype)
+        y = _forward_matmul(x_operand, Operand(values, scale), bias, x.dtype, layer.batch_invariant)
         if needs_weight and not saved:
             saved = [kept, None, None]
         saved = saved if needs_weight else [None, None, None]
@@ -150,13 +150,15 @@ class QuantizedLinear(torch.autograd.Function):
         return dx, dw, db, *(None,) * 9
 
 
-def _forward_matmul(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _forward_matmul(
+    x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, batch_invariant: bool
+) -> Tensor:
     """Operands of one dtype: both q·s in bf16, or, where one is not quantized, the wider of the two."""
     a, b = x.values, w.values
     if a.dtype != b.dtype:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
-    return scaled_matmul(a, b, x.scale, w.scale, bias=bias, out_dtype=out_dtype)
+    return scaled_matmul(a, b, x.scale, w.scale, bias=bias, out_dtype=out_dtype, batch_invariant=batch_invariant)
 
 
 def _dgrad_weight(

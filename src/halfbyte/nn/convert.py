@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import names
+from .. import invariant, names
 from ..errors import FormatError
+from ..experts import is_experts
 from ..names import Name
 from ..recipe.training import LayerRecipe, TrainingRecipe
 from . import experts
@@ -65,6 +66,7 @@ def convert(
 
     Raises:
         FormatError: nothing is selected, a pattern matches nothing, or a module is converted already.
+        UnsupportedError: the recipe is batch-invariant, and the model cannot be.
     """
     if not isinstance(recipe, TrainingRecipe):
         raise FormatError(f"recipe={recipe!r}: needs a TrainingRecipe")
@@ -80,6 +82,8 @@ def convert(
     if not chosen:
         reasons = sorted({layer.reason for layer in plan.values()})
         raise FormatError(f"nothing to convert: {'; '.join(reasons) or 'the model has no Linear layer'}")
+    if recipe.batch_invariant:
+        invariant.enable(model)
     partners = _partners(found, chosen) if recipe.share_fused_scales else {}
     for name, layer in chosen.items():
         module = found[name]
@@ -106,11 +110,12 @@ def revert(model: nn.Module) -> int:
         del module.quantization
         if isinstance(module, Linear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
+    invariant.disable(model)
     return len(found)
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or experts.is_experts(module)
+    return isinstance(module, nn.Linear) or is_experts(module)
 
 
 def _weights(name: str, module: nn.Module, layers: int) -> Iterator[Name]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import experts as routing
 from ..errors import ShapeError, UnsupportedError
 from ..formats import MXFP8, NVFP4, Format
 from ..ops.matmul import scaled_grouped_matmul
@@ -83,7 +84,9 @@ class GroupedFunction(torch.autograd.Function):
         if values.dtype != weights.dtype:
             dtype = torch.promote_types(values.dtype, weights.dtype)
             values, weights = values.to(dtype), weights.to(dtype)
-        return scaled_grouped_matmul(values, weights, offsets, a.scale, b.scale, out_dtype=x.dtype)
+        return scaled_grouped_matmul(
+            values, weights, offsets, a.scale, b.scale, out_dtype=x.dtype, batch_invariant=layer.batch_invariant
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -240,19 +243,10 @@ class GroupedLinear(nn.Module):
         return grouped_linear(x, self.weight, offsets, self.quantization)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' experts with stacked parameters."""
-    return all(hasattr(module, name) for name in ("down_proj", "num_experts", "has_gate", "is_transposed")) and (
-        isinstance(module.down_proj, nn.Parameter)
-    )
-
-
 def unsupported(module: Any) -> str | None:
     """Why experts cannot be converted, or None."""
-    if not module.has_gate or module.has_bias or module.is_transposed or not module.is_concatenated:
-        return "experts other than gated ones [E, 2I, H] without biases"
-    if getattr(module, "has_post_expert_norm", False):
-        return "experts with a norm after them"
+    if reason := routing.unsupported(module):
+        return reason
     if not hasattr(getattr(module, "config", None), _ATTRIBUTE):
         return "experts without a config that names their implementation"
     return None
@@ -287,15 +281,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         return plain
     dtype, device = hidden_states.dtype, hidden_states.device.type
     x = hidden_states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_states
-    tokens, k = top_k_index.shape
-    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    # From num_experts on: tokens that another rank serves. They come last, and no expert's rows reach there.
-    counts = torch.zeros(self.num_experts + 1, dtype=torch.int32, device=x.device)
-    counts = counts.scatter_add(0, expert.clamp(max=self.num_experts), torch.ones_like(expert, dtype=torch.int32))
-    offsets = counts[:-1].cumsum(0, dtype=torch.int32)
-    gate_up = grouped_linear(x[order // k], self.gate_up_proj, offsets, q)
-    rows = grouped_linear(self._apply_gate(gate_up), self.down_proj, offsets, q)
-    rows = rows * top_k_weights.reshape(-1)[order, None]
-    rows = rows[torch.argsort(order)].view(tokens, k, -1)
-    result: Tensor = rows.sum(1).to(dtype)
-    return result
+
+    def multiply(rows: Tensor, weight: str, offsets: Tensor) -> Tensor:
+        return grouped_linear(rows, getattr(self, weight), offsets, q)
+
+    return routing.forward(self, x, top_k_index, top_k_weights, multiply, dtype)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, ShapeError
+from ..errors import FormatError, ShapeError, UnsupportedError
 from ..numerics import matmul as reference
 from ..numerics.swizzle import swizzled_size
 from . import custom
@@ -33,6 +33,7 @@ def scaled_matmul(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     accumulate_into: Tensor | None = None,
+    batch_invariant: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """a (M, K) · b (N, K)ᵀ, scaled: (M, N). It carries no gradient.
@@ -45,12 +46,14 @@ def scaled_matmul(
         bias: (N,) float32, bfloat16 or float16.
         out_dtype: float32, bfloat16 or float16; of no effect with accumulate_into.
         accumulate_into: float32 (M, N), any strides, to which the float32 result is added in place; it is returned.
+        batch_invariant: a row of the result depends on its row of a alone, bit for bit, whatever the others are and
+            however many; not with accumulate_into.
         impl: "triton": cuBLAS and one kernel after it. "cpu": torch's float32 matmul. "reference": float64, rounded to
             float32 and then to out_dtype.
 
     Raises:
         ShapeError: an operand, a scale, the bias or the buffer is missing or of another dtype, shape or device.
-        FormatError, UnsupportedError: impl is unknown, or cannot run here.
+        FormatError, UnsupportedError: impl is unknown, or cannot run here; or batch_invariant with accumulate_into.
 
     Numerics: "cpu" and "triton" differ from "reference" by less than ((K + 2)·|α|·Σ|a·b| + |bias|)·2^-24, the order of
     the sum being theirs, before the last rounding; see `docs/matmul.md`.
@@ -68,7 +71,9 @@ def scaled_matmul(
     _check_out_dtype(out_dtype)
     if accumulate_into is not None:
         _check_buffer(accumulate_into, a, (rows, columns))
-    name = pick(impl, a.device)
+        if batch_invariant:
+            raise FormatError("accumulate_into with batch_invariant=True: add the result to the buffer yourself")
+    name = _pick(impl, a.device, batch_invariant)
     if custom.wanted():
         if accumulate_into is None:
             return custom.scaled_matmul(a, b, a_scale, b_scale, bias, out_dtype, name)  # type: ignore[no-any-return]
@@ -86,6 +91,7 @@ def scaled_grouped_matmul(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Rows of a (T, K), sorted by expert, each times its expert's matrix of b (E, N, K): (T, N). No gradient.
@@ -99,13 +105,13 @@ def scaled_grouped_matmul(
         b_scale: float32 (), (E,) or (E, N), or None.
         bias: (E, N) float32, bfloat16 or float16.
         out_dtype: float32, bfloat16 or float16.
-        impl: as in `scaled_matmul`.
+        batch_invariant, impl: as in `scaled_matmul`.
 
     Raises:
         ShapeError, FormatError, UnsupportedError: as `scaled_matmul`.
 
     Numerics: as `scaled_matmul`, but that on a GPU torch's grouped matmul rounds the sums to bfloat16, its only output,
-    before they are scaled: one more rounding, of at most 2^-8 of the sum.
+    before they are scaled: one more rounding, of at most 2^-8 of the sum. batch_invariant=True has float32 sums.
     """
     a, b = _operand(a, "a"), _operand(b, "b", 3)
     if b.dtype != a.dtype or b.device != a.device or a.shape[1] != b.shape[2]:
@@ -116,7 +122,7 @@ def scaled_grouped_matmul(
     bias = _bias(bias, a, (experts, columns))
     _check_out_dtype(out_dtype)
     _check_offsets(offsets, a, experts)
-    name = pick(impl, a.device)
+    name = _pick(impl, a.device, batch_invariant)
     if name == "triton" and a.device.type == "cuda" and a.dtype != torch.bfloat16:
         raise ShapeError(f"a is {_spell(a)}; torch's grouped matmul takes bfloat16, which holds q·s: convert both")
     if custom.wanted():
@@ -181,24 +187,55 @@ def block_scaled_matmul(
     return run_block_scaled()(*operands, bias=bias, out_dtype=out_dtype, accumulate_into=accumulate_into)
 
 
+INVARIANT = "invariant "
+"""What precedes the name of an implementation whose rows do not depend on the batch."""
+
+
+def _pick(impl: str, device: torch.device, batch_invariant: bool) -> str:
+    name = pick(impl, device)
+    if not batch_invariant:
+        return name
+    if name == "reference":
+        raise UnsupportedError(
+            f"batch_invariant=True with impl={impl!r} on {device}: needs impl='cpu', or 'triton' on an NVIDIA GPU"
+        )
+    return INVARIANT + name
+
+
 @functools.cache
 def run(name: str) -> Callable[..., Tensor]:
     """`scaled_matmul` of that implementation, without its checks."""
+    if name == INVARIANT + "triton":
+        from ..kernels import invariant
+
+        return _without_autocast(functools.partial(_alone, invariant.scaled_matmul))
+    if name == INVARIANT + "cpu":
+        from ..kernels.cpu import invariant as on_cpu
+
+        return _without_autocast(functools.partial(_plain, on_cpu.matmul))
     if name == "triton":
         from ..kernels import epilogue
 
         return _without_autocast(epilogue.scaled_matmul)
-    return _without_autocast(functools.partial(_plain, torch.float32 if name == "cpu" else torch.float64))
+    return _without_autocast(functools.partial(_plain, _sums32 if name == "cpu" else _sums64))
 
 
 @functools.cache
 def run_grouped(name: str) -> Callable[..., Tensor]:
     """`scaled_grouped_matmul` of that implementation, without its checks."""
+    if name == INVARIANT + "triton":
+        from ..kernels import invariant
+
+        return _without_autocast(invariant.scaled_grouped_matmul)
+    if name == INVARIANT + "cpu":
+        from ..kernels.cpu import invariant as on_cpu
+
+        return _without_autocast(functools.partial(_plain_grouped, on_cpu.matmul))
     if name == "triton":
         from ..kernels import epilogue
 
         return _without_autocast(epilogue.scaled_grouped_matmul)
-    return _without_autocast(functools.partial(_plain_grouped, torch.float32 if name == "cpu" else torch.float64))
+    return _without_autocast(functools.partial(_plain_grouped, _sums32 if name == "cpu" else _sums64))
 
 
 @functools.cache
@@ -221,8 +258,21 @@ def _without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _alone(function: Callable[..., Tensor], *args: object, accumulate_into: None, **options: object) -> Tensor:
+    """A function that knows no accumulate_into."""
+    return function(*args, **options)
+
+
+def _sums32(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a.float(), b.float().mT)
+
+
+def _sums64(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a.double(), b.double().mT)
+
+
 def _plain(
-    sums: torch.dtype,
+    sums: Callable[[Tensor, Tensor], Tensor],
     a: Tensor,
     b: Tensor,
     a_scale: Tensor | None,
@@ -232,15 +282,15 @@ def _plain(
     out_dtype: torch.dtype,
     accumulate_into: Tensor | None,
 ) -> Tensor:
-    total = torch.mm(a.to(sums), b.to(sums).mT)
-    if sums == torch.float32:
+    total = sums(a, b)
+    if total.dtype == torch.float32:
         return reference.epilogue(total, a_scale, b_scale, bias, out_dtype, accumulate_into)
     result = reference.epilogue(total, a_scale, b_scale, bias, torch.float32)
     return result.to(out_dtype) if accumulate_into is None else accumulate_into.add_(result)
 
 
 def _plain_grouped(
-    sums: torch.dtype,
+    sums: Callable[[Tensor, Tensor], Tensor],
     a: Tensor,
     b: Tensor,
     offsets: Tensor,

@@ -33,6 +33,8 @@ class LayerRecipe:
             "high_precision": from the original x and w. "dequantized": from what x and w decode to; 4-bit data is
             saved instead of the originals.
         evaluation: what a module in evaluation mode does: the "same", or all in "high_precision".
+        batch_invariant: the forward pass of a token does not depend on the batch, bit for bit, so that the model that
+            `halfbyte.load(…, batch_invariant=True)` serves gives the same log-probabilities; `docs/rl.md`.
 
     Raises:
         FormatError: the combination has no meaning.
@@ -44,6 +46,7 @@ class LayerRecipe:
     hadamard: bool = False
     backward: Backward = "high_precision"
     evaluation: Evaluation = "same"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("backward", get_args(Backward)), ("evaluation", get_args(Evaluation))):
@@ -51,8 +54,14 @@ class LayerRecipe:
                 raise FormatError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name in ("activations", "weights", "gradients"):
             _check_operand(name, getattr(self, name))
-        if not isinstance(self.hadamard, bool):
-            raise FormatError(f"hadamard={self.hadamard!r}: needs True or False")
+        for name in ("hadamard", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise FormatError(f"{name}={getattr(self, name)!r}: needs True or False")
+        if self.batch_invariant and isinstance(self.activations, NVFP4) and self.activations.scaling == "tensor":
+            raise FormatError(
+                f"batch_invariant=True with activations={self.activations!r}: one scale for all tokens depends on the "
+                "batch; use NVFP4(scaling='row'), MXFP8() or None"
+            )
         if self.activations is None and self.weights is None:
             raise FormatError(
                 "activations=None with weights=None quantizes nothing: leave layers out by policy instead"
@@ -191,6 +200,11 @@ class TrainingRecipe(LayerRecipe):
         for override in self.overrides:
             if not isinstance(override, LayerOverride):
                 raise FormatError(f"overrides: {override!r} is not a LayerOverride")
+            if override.layer is not None and override.layer.batch_invariant != self.batch_invariant:
+                raise FormatError(
+                    f"overrides: {override.layer!r} beside batch_invariant={self.batch_invariant} for the model: all "
+                    "layers are, or none is"
+                )
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise FormatError(f"seed={self.seed!r}: needs an integer of 64 bits")
 

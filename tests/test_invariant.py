@@ -1,0 +1,423 @@
+"""Batch invariance: rows that depend on nothing but themselves, and models that decode what one forward pass gives.
+
+On a CPU; GPUs: tests/kernels/test_triton_invariant.py.
+"""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import halfbyte as hb
+from halfbyte import ops, runtime, serving
+from halfbyte.invariant import batch_invariant, disable, enable
+from halfbyte.nn import convert, revert
+from halfbyte.numerics import rows
+from halfbyte.ops import invariant
+from halfbyte.recipe import LayerOverride, LayerRecipe, TrainingRecipe
+
+from .check import close, equal, same_bits, true
+from .checkpoint import models
+from .test_linear import OFFSETS, PAIRS, expert_operands, operands, sums
+from .test_runtime import TINY, make
+
+ROW = hb.NVFP4(scaling="row")
+
+
+# --- matmuls --------------------------------------------------------------------------------------------------------
+
+
+def lanes(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product as kernels/cpu/invariant.py writes it down, one torch operation for each rounding."""
+    total = torch.zeros(a.shape[0], b.shape[0], 16)
+    products = a.float()[:, None] * b.float()[None]
+    for start in range(0, a.shape[1], 16):
+        part = products[..., start : start + 16]
+        total[..., : part.shape[-1]] += part
+    for step in (8, 4, 2, 1):
+        total = total[..., :step] + total[..., step:]
+    return total[..., 0]
+
+
+def test_the_order_of_a_matmul(rng) -> None:
+    for m, n, k in ((3, 5, 64), (1, 9, 37), (7, 2, 500)):
+        a, b = (torch.randn(r, k, generator=rng).bfloat16() for r in (m, n))
+        found = ops.scaled_matmul(a, b, None, None, out_dtype=torch.float32, batch_invariant=True)
+        same_bits(found, lanes(a, b), f"{m}×{n}×{k}")
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if not p.startswith("tensor")])
+def test_linear_does_not_depend_on_the_batch(rng, pair: str) -> None:
+    x, w = operands(rng, pair, 70, 48, 160)
+    bias = torch.randn(48, generator=rng)
+    whole = hb.linear(x, w, bias, batch_invariant=True, out_dtype=torch.float32)
+    exact, error = sums(x) @ sums(w).mT + bias, sums(x).abs() @ sums(w).abs().mT
+    close(whole, exact, (160 + 3) * 2.0**-24 * (error + bias.abs()))
+    for start, end in ((0, 1), (3, 4), (69, 70), (5, 38), (0, 64)):
+        part = hb.linear(x[start:end], w, bias, batch_invariant=True, out_dtype=torch.float32)
+        same_bits(part, whole[start:end], f"rows {start} to {end}")
+
+
+def test_an_ordinary_matmul_does(rng) -> None:
+    """Else the tests here would show nothing."""
+    x, w = torch.randn(300, 700, generator=rng), torch.randn(64, 700, generator=rng)
+    true(not all(torch.equal((x @ w.mT)[:m], x[:m] @ w.mT) for m in (1, 2, 3, 5, 17)), "torch is batch-invariant here")
+
+
+@pytest.mark.parametrize("ends", list(OFFSETS.values()), ids=list(OFFSETS))
+def test_grouped_linear_is_linear(rng, ends: list[int]) -> None:
+    x, w = expert_operands(rng, ROW, hb.NVFP4())
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    found = hb.grouped_linear(x, w, offsets, batch_invariant=True)
+    start = 0
+    for expert, end in enumerate(ends):
+        part = hb.linear(x[start:end], w[expert], batch_invariant=True)
+        same_bits(found[start:end], part, f"expert {expert}")
+        start = end
+    equal(found[start:].abs().sum().item(), 0.0)
+
+
+def test_threads_share_results_not_sums(rng) -> None:
+    a, b = torch.randn(40, 2000, generator=rng), torch.randn(300, 2000, generator=rng)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(ops.scaled_matmul(a, b, None, None, out_dtype=torch.float32, batch_invariant=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        same_bits(other, found[0])
+
+
+def test_what_cannot_be(rng) -> None:
+    x, w = operands(rng, "row, tensor", 4, 16, 32)
+    with pytest.raises(hb.FormatError, match="accumulate_into with batch_invariant=True"):
+        hb.linear(x, w, batch_invariant=True, accumulate_into=torch.zeros(4, 16))
+    with pytest.raises(hb.UnsupportedError, match="impl='reference' on cpu: needs impl='cpu'"):
+        hb.linear(x, w, batch_invariant=True, impl="reference")
+    with pytest.raises(hb.FormatError, match="one scale for all tokens depends on the batch"):
+        TrainingRecipe(hb.NVFP4(), hb.NVFP4(), batch_invariant=True)
+    override = LayerOverride(LayerRecipe(ROW), match=("*.q_proj",))
+    with pytest.raises(hb.FormatError, match="all layers are, or none is"):
+        TrainingRecipe(ROW, hb.NVFP4(), batch_invariant=True, overrides=(override,))
+
+
+# --- the mode -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 31, 4096, 4097, 9000])
+def test_row_sum(rng, n: int) -> None:
+    x = torch.randn(7, n, generator=rng)
+    found = rows.row_sum(x)
+    close(found, x.double().sum(-1), 2.0**-22 * x.double().abs().sum(-1))
+    same_bits(rows.row_sum(x[3:4]), found[3:4])
+    same_bits(invariant.row_sum(x), found)
+
+
+FUNCTIONS = {
+    "linear": lambda x: F.linear(x, torch.arange(96.0 * 40).view(40, 96).sin(), torch.arange(40.0)),
+    "matmul": lambda x: x @ torch.arange(96.0 * 40).view(96, 40).cos(),
+    "mean": lambda x: x.pow(2).mean(-1, keepdim=True),
+    "sum": lambda x: x.sum(dim=(1, 2)),
+    "softmax": lambda x: F.softmax(x, dim=-1, dtype=torch.float),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "softmax of another": lambda x: torch.softmax(x, 1),
+    "rms_norm": lambda x: F.rms_norm(x, (96,), torch.arange(96.0), 1e-6),
+    "layer_norm": lambda x: F.layer_norm(x, (96,), torch.arange(96.0), torch.ones(96)),
+    "silu": F.silu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "power": lambda x: x.abs() ** 1.7,
+    "cos": torch.cos,
+    "topk": lambda x: torch.topk(x.float() + torch.arange(96) * 1e-4, 5).values,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(rng, name: str, dtype: torch.dtype) -> None:
+    """Close to torch's, in forward and backward, and the same for a token alone."""
+
+    def call(x: Tensor) -> Tensor:
+        given = x.float() if name in ("linear", "matmul", "rms_norm", "layer_norm") else x
+        return FUNCTIONS[name](given)
+
+    x = torch.randn(13, 5, 96, generator=rng).to(dtype)
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    wanted = call(theirs)
+    with batch_invariant():
+        found = call(mine)
+        for i in (0, 7, 12):
+            same_bits(call(x[i : i + 1]), found.detach()[i : i + 1], f"{name} of {i}")
+    equal((found.dtype, found.shape), (wanted.dtype, wanted.shape))
+    size = wanted.detach().double().abs().amax() + 1e-3
+    close(found.detach(), wanted.detach(), size * (2e-6 if found.dtype == torch.float32 else 2.0**-7))
+    dy = torch.randn(wanted.shape, generator=rng).to(wanted.dtype)
+    wanted.backward(dy)
+    found.backward(dy)
+    close(
+        mine.grad, theirs.grad, (theirs.grad.double().abs().amax() + 1e-3) * (1e-5 if dtype == torch.float32 else 0.02)
+    )
+
+
+def test_ties_in_topk() -> None:
+    with batch_invariant():
+        values, indices = torch.tensor([[1.0, 3, 2, 3, 3]]).topk(2)
+    equal((values.tolist(), indices.tolist()), ([[3.0, 3.0]], [[1, 3]]))
+
+
+def test_the_mode_refuses_what_it_does_not_know() -> None:
+    x = torch.randn(2, 3, 3)
+    calls = [
+        lambda: torch.bmm(x, x), lambda: x @ x, lambda: torch.einsum("bij,bjk->bik", x, x), lambda: x.cumsum(-1),
+        lambda: F.scaled_dot_product_attention(x, x, x), lambda: F.conv1d(x, x), lambda: x.var(-1),
+    ]  # fmt: skip
+    for call in calls:
+        call()
+        with batch_invariant(), batch_invariant(), pytest.raises(hb.UnsupportedError, match="not known to be"):
+            call()
+    with batch_invariant():
+        equal(torch.arange(3).cumsum(-1).tolist(), [0, 1, 3])  # integers have no order
+    torch.bmm(x, x)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention(rng, window: int | None, softcap: float | None) -> None:
+    """A query alone, with the keys that it attends to and no others, gives what it gives in the whole."""
+    q, k, v = (torch.randn(2, heads, 21, 16, generator=rng).bfloat16() for heads in (6, 2, 2))
+    i = torch.arange(21)
+    seen = i[None] <= i[:, None]
+    if window:
+        seen = seen & (i[None] > i[:, None] - window)
+    mask = seen.expand(2, 1, 21, 21).clone()
+    mask[1, :, :, :4] = False  # padding on the left
+    found = invariant.attention(q, k, v, mask, scaling=0.3, softcap=softcap)
+    scores = q.double() @ k.double().repeat_interleave(3, 1).mT * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    close(found, shares @ v.double().repeat_interleave(3, 1), 0.02)
+    for b, at in ((0, 0), (0, 20), (1, 4), (1, 20)):
+        keys = mask[b, 0, at].nonzero()[:, 0]
+        alone = [t[b : b + 1, :, keys] for t in (k, v)]
+        whole = torch.ones(1, 1, 1, len(keys), dtype=torch.bool)
+        one = invariant.attention(q[b : b + 1, :, at : at + 1], *alone, whole, scaling=0.3, softcap=softcap)
+        same_bits(one[0, :, 0], found[b, :, at], f"query {at} of {b}")
+    equal(found[1, :, :4].abs().sum().item(), 0.0)
+    with pytest.raises(hb.ShapeError, match=r"mask is torch\.bool \(2, 1, 21, 20\); needs"):
+        invariant.attention(q, k, v, mask[..., :20], scaling=1.0)
+
+
+FORMATS_OF_ONE_MODEL = {"a": hb.NVFP4(), "b": hb.NVFP4(scale_rule="four_over_six")}
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def llama(**values: Any) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 101, "head_dim": 16}
+    return LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, **values)
+
+
+def gemma2() -> Any:
+    from transformers import Gemma2Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 101, "head_dim": 16}
+    return Gemma2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=6, attn_logit_softcapping=3.0,
+        query_pre_attn_scalar=16,
+    )  # fmt: skip
+
+
+def mixture() -> Any:
+    from transformers import Qwen3MoeConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 101, "head_dim": 16}
+    return Qwen3MoeConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )  # fmt: skip
+
+
+RECIPES = {
+    "w4a4": (TrainingRecipe(ROW, hb.NVFP4(), batch_invariant=True), "row"),
+    "weights": (TrainingRecipe(None, hb.NVFP4(scale_rule="four_over_six"), batch_invariant=True), "none"),
+    "mxfp8": (TrainingRecipe(hb.MXFP8(), hb.MXFP8(), batch_invariant=True), "stored"),
+}
+
+
+def trained(config: Any, where: Path, recipe: TrainingRecipe) -> tuple[Any, Path]:
+    """A random model in training under a recipe, and its quantized checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that softmax and routers have something to choose
+            parameter.mul_(4)
+    model.save_pretrained(where / "source")
+    convert(model, recipe)
+    runtime.export(model, where / "source", where / "out", recipe.options())
+    return model, where / "out"
+
+
+@torch.no_grad()
+def decoded(model: Any, ids: Tensor, prompt: int = 1) -> Tensor:
+    """Logits (B, T, V) of a prompt in one pass and then token by token."""
+    output = model(ids[:, :prompt], use_cache=True)
+    steps = [output.logits]
+    for i in range(prompt, ids.shape[1]):
+        output = model(ids[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
+        steps.append(output.logits)
+    return torch.cat(steps, 1)
+
+
+def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    with batch_invariant():
+        return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [(llama, "w4a4"), (llama, "mxfp8"), (gemma2, "w4a4"), (mixture, "w4a4"), (mixture, "weights")],
+)
+def test_rollout_computes_what_the_trainer_computed(tmp_path: Path, rng, config: Any, how: str) -> None:
+    recipe, activations = RECIPES[how]
+    trainer, path = trained(config(), tmp_path, recipe)
+    ids = torch.randint(0, 101, (3, 12), generator=rng)
+    trainer_logits = trainer(ids).logits
+    loss = -log_probs(trainer_logits, ids).mean()
+    loss.backward()
+    for parameter_name, parameter in trainer.named_parameters():
+        if "experts" not in parameter_name:  # one of them may have had no token
+            true(parameter.grad is not None and bool(parameter.grad.isfinite().all()), parameter_name)
+    rollout = hb.load(path, activations=activations, batch_invariant=True)
+    for row, prompt in ((slice(2, 3), 1), (slice(0, 2), 7)):
+        found = decoded(rollout, ids[row], prompt)
+        same_bits(found, trainer_logits.detach()[row], f"logits, prompt of {prompt}")
+        same_bits(log_probs(found, ids[row]), log_probs(trainer_logits, ids).detach()[row], "log-probabilities")
+    ordinary = hb.load(path, activations=activations)
+    true(not torch.equal(decoded(ordinary, ids[:1]), trainer_logits[:1]), "equal without batch_invariant too")
+
+
+def test_gradients_are_ordinary(tmp_path: Path, rng) -> None:
+    """As without batch_invariant, but for the forward pass's roundings; and with activation checkpointing."""
+    recipe = TrainingRecipe(None, hb.NVFP4(), batch_invariant=True)
+    model, _ = trained(llama(), tmp_path, recipe)
+    ids = torch.randint(0, 101, (2, 5), generator=rng)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model.float()(ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    found = gradients()
+    model.activation_checkpointing_enable()
+    model.config.use_cache = False
+    for name, grad in gradients().items():
+        same_bits(grad, found[name], f"{name}, checkpointed")
+    revert(model)
+    convert(model, TrainingRecipe(None, hb.NVFP4()))
+    for name, grad in gradients().items():
+        close(found[name], grad, float(grad.abs().max()) * 1e-4, name)
+
+
+def test_the_shipped_model(tmp_path: Path) -> None:
+    """Static input scales and row scales; prompts padded on either side; transformers' own generate."""
+    from halfbyte.checkpoint.convert import convert as convert_checkpoint
+    from halfbyte.checkpoint.options import Options
+
+    convert_checkpoint(TINY, tmp_path / "out", Options(activations="constant"))
+    ids = torch.randint(3, 700, (3, 10), generator=torch.Generator().manual_seed(0))
+    for activations in ("stored", "row"):
+        model = hb.load(tmp_path / "out", activations=activations, batch_invariant=True)
+        with torch.no_grad():
+            whole = model(ids).logits
+        same_bits(decoded(model, ids[1:2]), whole[1:2], activations)
+    padded = torch.cat(
+        [torch.full((1, 6), 2), ids[1:2]], 1
+    )  # on the left: positions from the mask, as generate has them
+    mask = (torch.arange(16) >= 6).long()[None]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
+    with torch.no_grad():
+        left = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        right = model(padded.roll(-6, 1), attention_mask=mask.flip(-1)).logits
+        packed = torch.cat([ids[2:3, :4], ids[1:2]], 1), torch.cat([torch.arange(4), torch.arange(10)])[None]
+        behind = model(packed[0], position_ids=packed[1], use_cache=False).logits
+        one = model.generate(ids[1:2], output_logits=True, return_dict_in_generate=True, **options)
+        two = model.generate(
+            torch.cat([padded, torch.cat([ids[2:3], ids[0:1, :6]], 1)]), output_logits=True,
+            attention_mask=torch.cat([mask, torch.ones_like(mask)]), return_dict_in_generate=True, **options,
+        )  # fmt: skip
+    same_bits(left[:, 6:], whole[1:2], "padded on the left")
+    same_bits(right[:, :10], whole[1:2], "padded on the right")
+    same_bits(behind[:, 4:], whole[1:2], "packed behind another sequence")
+    for step, (alone, beside) in enumerate(zip(one.logits, two.logits, strict=True)):
+        same_bits(beside[:1], alone, f"generated token {step}")
+
+
+def test_enable_and_disable(rng) -> None:
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x, x)
+
+    model = nn.Sequential(nn.Linear(24, 24), Scores())
+    x = torch.randn(2, 24, 24, generator=rng)
+    wanted = model(x)
+    enable(model)
+    enable(model)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(hb.UnsupportedError, match="bmm with these arguments"):
+            one(x)
+    torch.bmm(x, x)  # left again, though it raised
+    disable(model)
+    disable(model)
+    same_bits(model(x), wanted)
+
+
+def test_experts_in_high_precision(tmp_path: Path) -> None:
+    """A layer whose experts the policy leaves alone is batch-invariant too."""
+    model = hb.load(
+        make(models.moe(), tmp_path, policy=hb.Policy(ignore=("model.layers.1.mlp.experts",))), batch_invariant=True
+    )
+    equal([hasattr(layer.mlp.experts, "served") for layer in model.model.layers], [True, False])
+    ids = torch.arange(24).view(2, 12) * 5 % models.VOCAB
+    with torch.no_grad():
+        whole = model(ids).logits
+    same_bits(decoded(model, ids[1:]), whole[1:])
+
+
+def test_bytes_written_in_place(tmp_path: Path) -> None:
+    """As a weight sync does: the next forward pass has them, at the same addresses."""
+    first, second = (make(models.moe(), tmp_path / name, format=fmt) for name, fmt in FORMATS_OF_ONE_MODEL.items())
+    model, other = (hb.load(path, batch_invariant=True) for path in (first, second))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before, wanted = model(ids).logits, other(ids).logits
+        theirs = dict(other.named_parameters())
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, hb.QuantizedTensor):
+                for part in ("packed", "block_scale", "tensor_scale"):
+                    getattr(parameter, part).copy_(getattr(theirs[name], part))
+        found = model(ids).logits
+    true(not torch.equal(before, wanted), "both formats give the same")
+    same_bits(found, wanted)
+
+
+def test_experts_of_which_some_are_quantized() -> None:
+    """As another tool may leave them; halfbyte does not."""
+    contents: Any = SimpleNamespace(formats={"a": hb.NVFP4()}, quantization=SimpleNamespace(activations=False))
+    with pytest.raises(hb.UnsupportedError, match=r"mlp\.experts\.gate_up_proj: its experts are not all quantized"):
+        serving._serve_experts("mlp.experts", SimpleNamespace(num_experts=1), {(0, "gate_proj"): "a"}, contents, "row")
