@@ -269,7 +269,7 @@ def trained(config: Any, where: Path, recipe: TrainingRecipe) -> tuple[Any, Path
             parameter.mul_(4)
     model.save_pretrained(where / "source")
     convert(model, recipe)
-    runtime.export(model, where / "source", where / "out", recipe.options())
+    runtime.save_quantized(model, where / "source", where / "out", recipe.options())
     return model, where / "out"
 
 
