@@ -165,7 +165,7 @@ def test_the_shipped_model_on_a_gpu(tmp_path: Path, activations: str) -> None:
     recipe = TrainingRecipe(ROW if activations == "row" else None, hb.NVFP4(), batch_invariant=True)
     trainer = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).train()
     convert(trainer, recipe)
-    runtime.export(trainer, TINY, tmp_path / "out", recipe.options())
+    runtime.save_quantized(trainer, TINY, tmp_path / "out", recipe.options())
     trainer.cuda()
     rollout = hb.load(tmp_path / "out", activations=activations, device="cuda", batch_invariant=True)
     ids = torch.randint(3, 700, (6, 150), generator=torch.Generator().manual_seed(0)).cuda()
