@@ -161,7 +161,7 @@ def compare(name: str, source: Path, ids: Tensor, device: str, engine: bool) -> 
             convert(trainer, recipe)
             with tempfile.TemporaryDirectory() as temporary:
                 out = Path(temporary) / "out"
-                runtime.export(trainer, source, out, recipe.options())
+                runtime.save_quantized(trainer, source, out, recipe.options())
                 rollout = hb.load(out, device=device, activations=row, batch_invariant=fixed)
                 with torch.no_grad():
                     wanted = log_probs(trainer.to(device)(ids).logits, ids, fixed)

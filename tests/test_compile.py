@@ -46,7 +46,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "dequantize mxfp8": lambda x: hb.quantize(x, MX).dequantize(),
     "fake_quantize": lambda x: hb.fake_quantize(x, NV, amax=amax(x)),
     "fake_quantize mxfp8": lambda x: hb.fake_quantize(x, MX),
-    "quantize by words of a tensor": lambda x: hb.quantize(x, STOCHASTIC, rng=torch.tensor([3, -4])),
+    "quantize by words of a tensor": lambda x: hb.quantize(x, STOCHASTIC, rng=torch.tensor([3, -4], device=x.device)),
     "fake_quantize_unscaled": lambda x: hb.fake_quantize_unscaled(x, STOCHASTIC, rng=WORDS),
     "quantize_with_values": lambda x: ops.quantize_with_values(x, STOCHASTIC, rng=WORDS, per_matrix=True),
     "quantize_transpose": lambda x: hb.quantize_transpose(x, NV, RHT, transposed_amax=amax(x)),

@@ -47,6 +47,9 @@ class Staging:
         found = {}
         with torch.cuda.stream(self._out):
             for name, tensor in tensors.items():
+                if not tensor.is_cuda:  # an input's scale
+                    found[name] = tensor
+                    continue
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 found[name] = host.copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._out)

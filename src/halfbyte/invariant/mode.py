@@ -80,6 +80,25 @@ class _Fixed(torch.autograd.Function):
         return None, None, *(next(grads) if need else None for need in needed)
 
 
+class _FixedSum(torch.autograd.Function):
+    """apply(fixed, ordinary, x): fixed(x), with the gradient of ordinary(x), a sum or mean.
+
+    That depends on x's shape alone. x is not saved: models divide it by its sum in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fixed: Callable[..., Tensor], ordinary: Callable[..., Tensor], x: Tensor) -> Tensor:
+        ctx.ordinary, ctx.shape, ctx.options = ordinary, x.shape, {"dtype": x.dtype, "device": x.device}
+        return fixed(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.enable_grad():
+            x = torch.zeros((), **ctx.options).expand(ctx.shape).requires_grad_()
+            y = ctx.ordinary(x)
+        return None, None, *torch.autograd.grad(y, x, dy)
+
+
 def fixed_forward(fixed: Callable[..., Tensor], ordinary: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """fixed(*tensors), with the gradient of ordinary(*tensors)."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -151,7 +170,10 @@ def _sum(func: Any, input: Tensor, dim: Any = None, keepdim: bool = False, *, dt
         total: Tensor = func(x, dim, keepdim, dtype=dtype)
         return total
 
-    return fixed_forward(fixed, ordinary, input)
+    if torch.is_grad_enabled() and input.requires_grad:
+        result: Tensor = _FixedSum.apply(fixed, ordinary, input)  # type: ignore[no-untyped-call]
+        return result
+    return fixed(input)
 
 
 def _dims(x: Tensor, dim: int | Sequence[int]) -> list[int]:
