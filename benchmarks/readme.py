@@ -3,7 +3,8 @@
     python3 benchmarks/readme.py [--check]
 
 Each stands between `<!-- FILE.json -->` and `<!-- end -->`. With --check nothing is written, and the exit code is 1
-where a table is not the one that its file gives.
+where a table is not the one that its file gives. Where a run was made with --no-alternatives, what runs beside it comes
+from FILE-alternatives.json, an earlier run, and its commit is said.
 """
 
 from __future__ import annotations
@@ -89,10 +90,28 @@ def source(result: Row) -> str:
     )
 
 
+def with_alternatives(result: Row, earlier: Row) -> Row:
+    """Rows with the ratios, and the goals of ratios, that an earlier run has of the same operations and sizes."""
+    found = {(row["name"], spell(row["shape"])): row for row in earlier["rows"]}
+    rows = []
+    for row in result["rows"]:
+        other = found.get((row["name"], spell(row["shape"])), {"times_alternative": {}, "goals": {}})
+        goals = {name: goal for name, goal in row["goals"].items() if not name.startswith("times ")}
+        goals |= {name: goal for name, goal in other["goals"].items() if name.startswith("times ")}
+        rows.append({**row, "times_alternative": other["times_alternative"], "goals": goals})
+    return {**result, "rows": rows}
+
+
 def render(readme: str) -> str:
     def section(match: re.Match[str]) -> str:
-        result = json.loads((ROOT / "benchmarks" / "results" / match["file"]).read_text())
-        return f"<!-- {match['file']} -->\n{source(result)}\n\n{table(result)}\n<!-- end -->"
+        file = ROOT / "benchmarks" / "results" / match["file"]
+        result = json.loads(file.read_text())
+        said = source(result)
+        if (beside := file.with_name(f"{file.stem}-alternatives.json")).exists():
+            earlier = json.loads(beside.read_text())
+            result = with_alternatives(result, earlier)
+            said += f" What runs beside it was measured at commit {earlier['commit'][:7]}."
+        return f"<!-- {match['file']} -->\n{said}\n\n{table(result)}\n<!-- end -->"
 
     return MARKED.sub(section, readme)
 

@@ -311,9 +311,10 @@ def run_all(runs: Sequence[Settings], out: Path, parallel: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for some in [runs[i : i + parallel] for i in range(0, len(runs), parallel)]:
-            contexts = []
+            contexts, queues = [], []  # a queue that its parent forgets is gone before its processes have opened it
             for settings in some:
                 samples = mp.get_context("spawn").SimpleQueue()
+                queues.append(samples)
                 log = out / f"{settings.name}-{settings.seed}.jsonl"
                 args = (settings, Path(temporary), log, samples)
                 contexts.append(mp.spawn(process, args, nprocs=2, join=False))

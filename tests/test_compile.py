@@ -136,7 +136,7 @@ def test_every_format_can_be_spelled() -> None:
 
 def test_results_that_share_memory_are_copied() -> None:
     whole = torch.arange(4.0)
-    first, second = custom._apart([whole[:2], whole[2:]])
+    first, second = custom.apart([whole[:2], whole[2:]])
     same_bits(second, torch.tensor([2.0, 3.0]))
     equal(first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr(), False)
 

@@ -64,7 +64,7 @@ def test_from_the_second_launch_on_the_kernel_is_called_directly(kernel: Kernel)
     x, out = torch.zeros(64), torch.zeros(64, dtype=torch.float8_e4m3fn)
     _launch.launch(kernel, 3, (x, out), (7,), (1,), B=True, A=5, num_warps=2)
     _launch.launch(kernel, (4, 2, 1), (x, out), (7,), (99,), B=True, A=5, num_warps=2)
-    options = {"A": 5, "B": True, "num_warps": 2, "maxnreg": None, "enable_fp_fusion": False}
+    options = {"A": 5, "B": True, "num_warps": 2, "num_stages": 3, "maxnreg": None, "enable_fp_fusion": False}
     equal(kernel.seen[0], ("triton", (3, 1, 1), [torch.float32, torch.uint8, 7, 1], options))
     # Other programs and words, and constants in the order of the kernel's parameters.
     equal(kernel.seen[1], ("compiled", (4, 2, 1), (x.data_ptr(), out.data_ptr(), 7, 99, 5, True)))
