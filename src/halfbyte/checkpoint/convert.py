@@ -29,7 +29,7 @@ from .options import Options
 from .plan import Plan, Planned, make_plan, text_config
 from .ranks import Ranks
 from .recorded import finished_shards, source_files
-from .result import Encoded, is_search
+from .result import Encoded, is_search, report_weight
 from .result import Report as Report
 from .result import WeightReport as WeightReport
 from .schema import Entry, kv_scale_entries, weight_entries, weight_tensors
@@ -53,7 +53,6 @@ from .weights import CONSTANT_INPUT_SCALE, WeightGroup, quantize_groups
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MEMORY = 1_000_000_000
 """Bytes of the source that are held at once, unless a single group is larger."""
-_COMPARED = 1 << 24, 1 << 20  # elements at once, on a GPU and on a CPU
 
 
 def convert(
@@ -293,7 +292,7 @@ def convert_group(
                 f"{item.name.full}: calibrated as {list(q.shape)}, but its shape is {list(item.shape)}"
             )
         tensors = weight_tensors(options.layout, item.name.module, q, _input_scale(item, options, calibrated))
-        yield item, tensors, partial(_report, item, weight, q)
+        yield item, tensors, partial(report_weight, item, weight, q)
 
 
 def kept_tensor(item: Planned, fetched: Fetched, device: torch.device | str = "cpu") -> Tensor:
@@ -383,34 +382,3 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
     if len(used) == 1:
         return (Group(used[0][0]),)
     return tuple(Group(fmt, target_list(options.layout, names)) for fmt, names in used)
-
-
-def _report(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
-    error = norm = 0.0
-    rows = max(1, _COMPARED[weight.device.type == "cpu"] // weight.shape[1])
-    buffer = torch.empty((min(rows, len(weight)), weight.shape[1]), device=weight.device)  # new memory is slow memory
-    for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
-        part = slice(start, start + rows)
-        original = buffer[: len(weight[part])].copy_(weight[part])
-        decoded = QuantizedTensor(q.packed[part], q.block_scale[part], q.tensor_scale, q.amax, q.format).dequantize()
-        error += _squared_norm(decoded.sub_(original))
-        norm += _squared_norm(original)
-    return WeightReport(
-        name=item.name.full,
-        format=q.format,
-        tensor_scale=None if q.tensor_scale is None else float(q.tensor_scale),
-        kind=item.name.kind,
-        leaf=item.name.leaf,
-        elements=weight.numel(),
-        bytes=q.nbytes,
-        squared_error=error,
-        squared_norm=norm,
-    )
-
-
-def _squared_norm(matrix: Tensor) -> float:
-    """Sum of squares, of float32 values from the least to the largest."""
-    norms = torch.linalg.vector_norm(matrix, dim=-1).double()
-    if not 1e-12 < float(norms.amax()) < 1e18:  # the squares may have left float32's range
-        norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
-    return float(norms.square().sum())

@@ -8,9 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..formats import NVFP4, Format
+from ..tensor import QuantizedTensor
 from .manifest import format_from_json, format_to_json
 from .options import Options
+from .plan import Planned
+
+COMPARED = 1 << 24, 1 << 20  # elements at once, on a GPU and on a CPU
 
 
 @dataclass(frozen=True)
@@ -120,3 +127,35 @@ def is_search(fmt: Format | None) -> bool:
 
 def _ratio(squared_error: float, squared_norm: float) -> float:
     return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0
+
+
+def report_weight(item: Planned, weight: Tensor, q: QuantizedTensor) -> WeightReport:
+    """How a weight fared; both are on one device."""
+    error = norm = 0.0
+    rows = max(1, COMPARED[weight.device.type == "cpu"] // weight.shape[1])
+    buffer = torch.empty((min(rows, len(weight)), weight.shape[1]), device=weight.device)  # new memory is slow memory
+    for start in range(0, weight.shape[0], rows):  # float32 copies of all of it would be most of the memory
+        part = slice(start, start + rows)
+        original = buffer[: len(weight[part])].copy_(weight[part])
+        decoded = QuantizedTensor(q.packed[part], q.block_scale[part], q.tensor_scale, q.amax, q.format).dequantize()
+        error += _squared_norm(decoded.sub_(original))
+        norm += _squared_norm(original)
+    return WeightReport(
+        name=item.name.full,
+        format=q.format,
+        tensor_scale=None if q.tensor_scale is None else float(q.tensor_scale),
+        kind=item.name.kind,
+        leaf=item.name.leaf,
+        elements=weight.numel(),
+        bytes=q.nbytes,
+        squared_error=error,
+        squared_norm=norm,
+    )
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """Sum of squares, of float32 values from the least to the largest."""
+    norms = torch.linalg.vector_norm(matrix, dim=-1).double()
+    if not 1e-12 < float(norms.amax()) < 1e18:  # the squares may have left float32's range
+        norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
+    return float(norms.square().sum())
