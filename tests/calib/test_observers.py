@@ -5,6 +5,7 @@ import torch
 
 from halfbyte import FormatError, ShapeError
 from halfbyte.calib.observers import AmaxObserver, HessianObserver, ObserverOptions
+from halfbyte.calib.ranks import Ranks
 
 from ..check import close, equal, true
 
@@ -67,3 +68,8 @@ def test_options_are_checked() -> None:
         with pytest.raises(FormatError):
             ObserverOptions(**options)  # type: ignore[arg-type]
     true(ObserverOptions().method == "max", "default")
+
+
+def test_spans_without_samples_add_nothing(rng: torch.Generator) -> None:
+    first, second = torch.randn(2, 4, 4, generator=rng)
+    equal(Ranks().sum_spans({0: first, 5: second}, first), first + second)

@@ -54,11 +54,12 @@ class Ranks:
     def sum_spans(self, own: dict[int, Tensor], like: Tensor) -> Tensor:
         """The sum over all spans, first to last, on every rank.
 
-        own: span → this rank's sum. like: a tensor of the same shape.
+        own: span → this rank's sum, of those of its spans that have samples. like: a tensor of the same shape.
         """
         total = torch.zeros_like(like)
         for span in range(SPANS):
-            part = own[span] if self.owner(span) == self.rank else torch.empty_like(like)
+            own_part = own.get(span)  # fewer samples than spans leave some of these without any
+            part = torch.zeros_like(like) if own_part is None else own_part
             if self.world > 1:
                 dist.broadcast(part, self.owner(span))
             total += part
