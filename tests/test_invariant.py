@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import halfbyte as hb
 from halfbyte import ops
 from halfbyte.invariant import batch_invariant, disable, enable
+from halfbyte.invariant.mode import _Mode
 from halfbyte.numerics import rows
 from halfbyte.ops import invariant
 from halfbyte.recipe import LayerOverride, LayerRecipe, TrainingRecipe
@@ -130,6 +131,8 @@ FUNCTIONS = {
     "sigmoid": torch.sigmoid,
     "exp": torch.exp,
     "power": lambda x: x.abs() ** 1.7,
+    "power of a number": lambda x: 2.7**x,
+    "sinh": torch.sinh,
     "cos": torch.cos,
     "topk": lambda x: torch.topk(x.float() + torch.arange(96) * 1e-4, 5).values,
 }
@@ -160,6 +163,21 @@ def test_functions(rng, name: str, dtype: torch.dtype) -> None:
     close(
         mine.grad, theirs.grad, (theirs.grad.double().abs().amax() + 1e-3) * (1e-5 if dtype == torch.float32 else 0.02)
     )
+
+
+def test_what_backward_computes_again_is_under_the_mode(rng) -> None:
+    """Tensor.backward takes the mode off while it runs; a checkpoint's forward pass puts it on again."""
+    seen: list[bool] = []
+
+    def forward(x: Tensor) -> Tensor:
+        with batch_invariant():
+            seen.append(any(isinstance(m, _Mode) for m in torch.overrides._get_current_function_mode_stack()))
+            return x.exp()
+
+    x = torch.randn(3, 8, generator=rng).requires_grad_()
+    with batch_invariant():
+        torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).square().sum().backward()
+    equal(seen, [True, True])
 
 
 def test_ties_in_topk() -> None:

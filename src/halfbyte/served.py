@@ -108,7 +108,9 @@ class Values:
     def __call__(self, weight: QuantizedTensor) -> Tensor:
         """bfloat16, of the weight's shape."""
         parts = weight.packed, weight.block_scale
-        if any(part.is_inference() for part in parts):  # which have no version
+        # Inference tensors have no version; and a CUDA graph is to decode the bytes that each replay finds.
+        capturing = parts[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or any(part.is_inference() for part in parts):
             return _decode(weight)
         versions = parts[0]._version, parts[1]._version
         if self._kept is None or self._kept[0] is not parts[0] or self._kept[1] != versions:

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte
-from halfbyte import MXFP8, NVFP4, SyncError
+from halfbyte import MXFP8, NVFP4, Policy, SyncError
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.schema import quantized_tensor
 from halfbyte.export import Bucket, Exporter, Piece, Receiver, Sender
+from halfbyte.export.receiver import _Write
 from halfbyte.export.targets import Targets
 from halfbyte.runtime import stack_experts
 
-from ..check import equal, same_bits
+from ..check import equal, same_bits, true
 from ..checkpoint.models import read_all
 from . import ranks
 from .links import exporter, links, stepped, together
@@ -29,7 +30,14 @@ def version(step: int) -> Tensors:
     return exporter(ranks.dense()).export_all(stepped(ranks.dense(), step).items())
 
 
-@pytest.mark.parametrize("options", [{"activations": "constant"}, {"format": MXFP8()}], ids=["nvfp4", "mxfp8"])
+SERVED: dict[str, dict[str, Any]] = {
+    "nvfp4": {"activations": "constant"},
+    "mxfp8": {"format": MXFP8()},
+    "experts in bf16": {"policy": Policy(num_layers_at_start_in_bf16=3)},  # one by one too, into stacked parameters
+}
+
+
+@pytest.mark.parametrize("options", SERVED.values(), ids=SERVED)
 def test_a_running_transformers_model(tmp_path: Path, options: dict[str, Any]) -> None:
     """It computes with what `load` would read of a conversion of the new weights; experts are stacked in it."""
     pytest.importorskip("transformers")
@@ -123,6 +131,13 @@ def test_stacked_experts_that_are_quantized_tensors(fmt: Any, rng: torch.Generat
     for update in Targets(root).updates(shapes, True):
         update.write({source: sent[source] for source in update.sources})
     found: Any = experts.gate_up_proj
+    if isinstance(fmt, NVFP4):
+        name = "mlp.experts.1.up_proj.weight_scale_2"
+        write = _Write(Targets(root).updates(shapes, True), sent)
+        equal(write.problem(), None)
+        halves = {**sent, name: 2 * sent[name]}
+        problem = _Write(Targets(root).updates(shapes, True), halves).problem()
+        true(problem is not None and "different tensor scales" in problem, f"{problem}")
     same_bits(found.packed, wanted.packed)
     same_bits(found.block_scale, wanted.block_scale)
     if wanted.tensor_scale is not None:

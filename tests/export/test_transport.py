@@ -14,7 +14,7 @@ from torch import Tensor
 import halfbyte
 from halfbyte import MXFP8, CheckpointError, SyncError
 from halfbyte.export import Exporter, Receiver, Sender, connect, headers, in_buckets, make_delta, update_engine
-from halfbyte.export.layout import Layout, place, salt_of
+from halfbyte.export.layout import SEAL_BYTES, Layout, pack, place, salt_of
 
 from ..check import equal, same_bits, true
 from . import ranks
@@ -338,6 +338,28 @@ def test_writing_that_fails_serves_nothing() -> None:
     write.copies.pop()
     equal(both.sync(2), [None, 2], "a full sync")
     both.serves(2)
+
+
+def test_a_matrix_and_its_transpose_are_two() -> None:
+    """They have one address and, if square, one shape."""
+    a = torch.arange(64.0).view(8, 8)
+    for tensors in ({"t": a.t(), "a": a}, {"a": a, "t": a.t()}):
+        (bucket,) = in_buckets(tensors)
+        layout = place(bucket.pieces)
+        flat = torch.zeros(layout.nbytes + SEAL_BYTES, dtype=torch.uint8)
+        pack(bucket.pieces, layout, flat)
+        found = {piece.name: piece.tensor for piece in layout.views(flat)}
+        same_bits(found["a"], a)
+        same_bits(found["t"], a.t().contiguous())
+
+
+def test_an_engine_that_fails_does_not_keep_the_others_waiting() -> None:
+    both, began = Both(), time.monotonic()
+    done = both.sync(2, serving=Engine("resume"))
+    true("the engine around version 2 failed (RuntimeError: resume failed)" in str(done[1]), str(done))
+    equal([link.problem for link in both.links], [None, None])
+    true(time.monotonic() - began < 20, "somebody waited")
+    equal(both.sync(3), [None, 3], "the next one")
 
 
 def test_layouts_are_read_with_suspicion() -> None:

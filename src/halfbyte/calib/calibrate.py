@@ -47,7 +47,9 @@ def calibrate(
     with ranks.job.leaving():
         with ranks.together():
             if output.exists():
-                raise CheckpointError(f"{output}: already exists; choose another output directory or remove it")
+                done = work.is_dir() and not (work / "conversion").exists() and (output / "config.json").exists()
+                hint = f"; if it is what a job that died had finished, remove {work} only" if resume and done else ""
+                raise CheckpointError(f"{output}: already exists; choose another output directory or remove it{hint}")
             checkpoint = open_source(source)
         arguments = (checkpoint, options, calibration, windows, work)
         store, summary = run(*arguments, device=device, resume=resume, ranks=ranks, progress=progress)
@@ -63,8 +65,11 @@ def calibrate(
             work=work / "conversion",
             ranks=ranks.job,
         )
+        del store, arguments  # their open files: a network file system would keep those
+        with ranks.together():
+            pass
         if ranks.rank == 0:
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)  # the result is whole by now
     return report, summary
 
 

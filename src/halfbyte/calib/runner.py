@@ -8,7 +8,6 @@ than one layer is in memory; the samples' activations are, or are spilled to dis
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.files import remove_directory
 from ..checkpoint.manifest import options_to_json
 from ..checkpoint.options import Options
 from ..checkpoint.plan import Plan, make_plan
@@ -113,7 +113,7 @@ def _nothing_left_without_layers(store: Store, ranks: Ranks) -> Iterator[None]:
         yield
     except Exception:
         if ranks.rank == 0 and not store.layers:
-            shutil.rmtree(store.directory)
+            remove_directory(store.directory)
         raise
 
 

@@ -297,7 +297,10 @@ def convert_group(
 
 def kept_tensor(item: Planned, fetched: Fetched, device: torch.device | str = "cpu") -> Tensor:
     """What is written of a tensor that is not quantized."""
-    return fetched(device if item.decoded else "cpu").to(DTYPES[item.kept_dtype]).cpu()
+    kept = fetched(device if item.decoded else "cpu").to(DTYPES[item.kept_dtype])
+    if item.decoded and not bool(kept.isfinite().all()):
+        raise CheckpointError(f"{item.source}: decodes to NaN or infinity; download the model again")
+    return kept.cpu()
 
 
 def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: list[Tensor], fmt: Format) -> WeightGroup:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from ..errors import CheckpointError
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that are read at most, as the safetensors library limits its headers."""
 TEMPORARY = ".tmp"
+_WAITS = (0.01, 0.1, 1.0, 5.0)  # seconds
 _MAX_DEPTH = 100
 _CHUNK = 1 << 24
 
@@ -53,6 +56,22 @@ def parse_json(data: bytes, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not readable as JSON ({error})") from error
     return found
+
+
+def remove_directory(path: Path) -> None:
+    """Remove it with all that is in it, though other ranks may be removing, or still writing, files of theirs."""
+    for wait in _WAITS:
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # of it, or of something in it
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        if not path.exists():
+            return
+        time.sleep(wait)
+    shutil.rmtree(path)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import CheckpointError, HalfbyteError
-from .files import TEMPORARY, check_new, parse_json, replacing, sync_directory, write_all
+from .files import TEMPORARY, check_new, parse_json, remove_directory, replacing, sync_directory, write_all
 from .lock import Lock
 
 JOURNAL = "journal.jsonl"
@@ -79,7 +78,10 @@ class Journal:
     def finish(self) -> None:
         """Give the output its name, and remove the rest."""
         if not self.is_renamed:
-            check_new(self.output)
+            try:
+                check_new(self.output)
+            except CheckpointError as error:  # it came while this was made, which is not lost for that
+                raise error from FileExistsError(str(self.output))
             self._remove_temporary()
             sync_directory(self.model)
             self.model.rename(self.output)
@@ -92,9 +94,11 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and comes_again(error):
-            self._remove()
-        self._lock.release()
+        try:
+            if error is not None and comes_again(error):
+                self._remove()
+        finally:
+            self._lock.release()
         if error is not None:
             with said(self.work):
                 raise error
@@ -151,8 +155,7 @@ class Journal:
                 path.unlink()
 
     def _remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.model)
+        remove_directory(self.model)
         for name in (JOURNAL, JOURNAL + TEMPORARY, LOCK):
             (self.work / name).unlink(missing_ok=True)
         self.work.rmdir()

@@ -243,7 +243,7 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
     if not isinstance(hidden, int) or width is None:
         raise CheckpointError(f"{where}: config.json lacks hidden_size or moe_intermediate_size to check its shape by")
     wanted = (2 * width, hidden) if leaf == "gate_up_proj" else (hidden, width)
-    if info.shape[1:] != wanted or len(info.shape) != 3:
+    if info.shape[1:] != wanted or len(info.shape) != 3 or 0 in info.shape:
         raise CheckpointError(
             f"{where}: shape {list(info.shape)}, but by config.json each expert's is {list(wanted)}; "
             "save the model with per-expert 2-D weights first"

@@ -6,6 +6,7 @@ Nothing here knows about quantization.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -154,7 +155,9 @@ class Checkpoint:
         try:
             tensor = torch.empty(shape, dtype=DTYPES[info.dtype], pin_memory=pin)
             self._descriptor(info.file).read_into(tensor_bytes(tensor), start)
-        except (OSError, EOFError, RuntimeError) as error:
+        except RuntimeError as error:  # no memory for it: the machine's fault, so that what is finished is kept
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from OSError(errno.ENOMEM, str(error))
+        except (OSError, EOFError) as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         return tensor
 

@@ -113,7 +113,8 @@ def place(pieces: Iterable[Piece]) -> Layout:
         offset = places.get(key, end) if tensor.is_contiguous() and tensor.numel() else end
         slots.append(Slot(piece.name, tensor_dtype(tensor), tuple(tensor.shape), offset, piece.dim, piece.start))
         if offset == end:
-            places[key] = offset
+            if tensor.is_contiguous():  # a transposed view has the same address
+                places[key] = offset
             end = aligned(end + tensor.nbytes)
     return Layout(tuple(slots), end)
 

@@ -186,6 +186,8 @@ def connect(
         UnsupportedError: this torch has no gloo, or no NCCL.
     """
     device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.empty(0, device=device).device  # with its index, as tensors on it have
     wanted = ("ProcessGroupGloo", "ProcessGroupNCCL")[: 1 + (device.type == "cuda")]
     if missing := [group for group in wanted if not hasattr(dist, group)]:
         raise UnsupportedError(f"this torch has no {missing[0]}, which a link over {device} needs")

@@ -164,18 +164,21 @@ class PreparedExport:
         filled: list[Any] = []
         free: list[Any] = []
         side.wait_stream(torch.cuda.current_stream(self._device))
-        for i, bucket in enumerate(self.buckets):
-            while len(filled) < min(i + 2, len(self.buckets)):  # this one, and the next one behind it
-                k = len(filled)
-                if not self._keep and k >= 2:
-                    side.wait_event(free[k - 2])
-                with torch.cuda.stream(side):
-                    self._fill(self._drafts[k], self.buckets[k])
-                    filled.append(side.record_event())
-                    self.buckets[k].ready = filled[k]
-            torch.cuda.current_stream(self._device).wait_event(filled[i])
-            yield bucket
-            free.append(torch.cuda.current_stream(self._device).record_event())
+        try:
+            for i, bucket in enumerate(self.buckets):
+                while len(filled) < min(i + 2, len(self.buckets)):  # this one, and the next one behind it
+                    k = len(filled)
+                    if not self._keep and k >= 2:
+                        side.wait_event(free[k - 2])
+                    with torch.cuda.stream(side):
+                        self._fill(self._drafts[k], self.buckets[k])
+                        filled.append(side.record_event())
+                        self.buckets[k].ready = filled[k]
+                torch.cuda.current_stream(self._device).wait_event(filled[i])
+                yield bucket
+                free.append(torch.cuda.current_stream(self._device).record_event())
+        finally:  # also when given up in the middle: what is filled may be freed next
+            torch.cuda.current_stream(self._device).wait_stream(side)
 
     def _fill(self, draft: _Draft, bucket: FlatBucket) -> None:
         for source, dim, indices, target in draft.gathers:
@@ -222,7 +225,7 @@ class PreparedExport:
 
     def _make(self) -> None:
         self._tensors = [entry.tensor if isinstance(entry, Piece) else entry[1] for entry in self._named]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = []  # until planning has succeeded
         devices = {tensor.device for tensor in self._tensors}
         if len(devices) != 1:
             raise CheckpointError(f"parameters on {sorted(map(str, devices))}: an export is prepared for one device")
@@ -246,6 +249,7 @@ class PreparedExport:
             self.buckets.append(FlatBucket(i, Layout(tuple(draft.slots), draft.end), flat))
         if self._device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def _collect(self) -> list[_Draft]:
         """The parameters' groups, in buckets, in the order in which `Exporter.export` would yield them."""

@@ -23,7 +23,7 @@ from .engine import Serving
 from .layout import SEAL_BYTES, Layout, is_broken, salt_of
 from .link import Link
 from .pieces import Piece
-from .targets import Model, Targets, Update
+from .targets import Model, Targets, Update, shares_scale
 
 
 class Receiver:
@@ -108,9 +108,11 @@ class Receiver:
             elif problem is None:
                 changed = self._apply(delta, _tensors(scratch, layouts))
                 write = _Write(self._targets.updates(_shapes(changed), False), changed)
+            if problem is None:
+                problem = write.problem()
         except (SyncError, CheckpointError) as error:
             problem = str(error)
-        except (KeyError, RuntimeError) as error:
+        except Exception as error:  # everyone votes, whatever happened here
             problem = f"{type(error).__name__}: {error}"
         link.agree(problem and f"{problem}; version {self.version} serves on", "whether everything arrived")
         if delta is None:
@@ -123,6 +125,12 @@ class Receiver:
             self._take_over(new, write, changed, serving)
         except SyncError as error:
             failure = error
+        except Exception as error:  # of the engine around the model
+            failure = SyncError(
+                f"the engine around version {new} failed ({type(error).__name__}: {error}): it serves version "
+                f"{self.version}, or is paused"
+            )
+            failure.__cause__ = error
         with suppress(SyncError):  # another's trouble: here the new version serves
             link.agree(None if failure is None else str(failure), "whether everyone has taken over")
         if failure is not None:
@@ -191,6 +199,7 @@ class Receiver:
                 base = _tensors(self._staging, self._staged) if changed else {}
                 for name, tensor in changed.items():
                     base[name].copy_(tensor)
+            self._targets.synchronize()  # the engine may have streams of its own
         except BaseException as error:
             self._is_base = False
             raise SyncError(
@@ -219,6 +228,17 @@ class _Write:
                 by_kind[key][0].append(plain[0])
                 by_kind[key][1].append(plain[1])
         self.copies = list(by_kind.values())
+
+    def problem(self) -> str | None:
+        """Why this must not be written, or None: two halves of one weight can have one tensor scale only."""
+        scales: defaultdict[Any, list[Tensor]] = defaultdict(list)
+        for update, given in self.others:
+            if (place := shares_scale(update.write)) is not None and len(update.sources) == 3:
+                scales[place].append(given[update.sources[2]].reshape(()))
+        pairs = [first != second for first, second in (each for each in scales.values() if len(each) == 2)]
+        if pairs and bool(torch.stack(pairs).any()):
+            return "gate and up of an expert have different tensor scales, and one place in the model"
+        return None
 
     def __call__(self) -> None:
         for into, sources in self.copies:

@@ -68,6 +68,11 @@ class Targets:
                 self.sizes[name] = tensor.numel()
         self._alias = {name: seen[_memory(tensor, name)] for name, tensor in self._tensors.items()}
 
+    def synchronize(self) -> None:
+        """Wait until all that was written on the current streams is there."""
+        for device in {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
     def updates(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], full: bool) -> list[Update]:
         """What to do with tensors of these names, dtypes and shapes.
 
@@ -112,8 +117,9 @@ class Targets:
             if not is_quantized:
                 place = self._find(name, True)
                 assert place is not None
-                into = place.whole
-                if isinstance(into, QuantizedTensor) or tuple(into.shape) != shape:
+                whole = place.whole
+                into = whole if isinstance(whole, QuantizedTensor) else place.of(whole)
+                if isinstance(whole, QuantizedTensor) or tuple(into.shape) != shape:
                     raise SyncError(
                         f"{name}: sent in high precision with shape {list(shape)}, the model has {into!s:.60}"
                     )
@@ -181,6 +187,14 @@ class _Place(NamedTuple):
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def shares_scale(write: object) -> tuple[str, int] | None:
+    """The place of one tensor scale that another half of the same weight writes too; None where there is none."""
+    place = write.place if isinstance(write, _Decode) else None
+    if place is None or place.rows is None or place.expert is None or not isinstance(place.whole, QuantizedTensor):
+        return None
+    return place.name, place.expert
 
 
 class _Copy:

@@ -80,9 +80,13 @@ class Sender:
                 message = {"what": "bucket", "layout": layout.digest}
                 if layout.digest not in self._known:
                     message["text"] = layout.text
-                self.link.say(message)
-                self._known.add(layout.digest)
-                self._broadcast(bucket, flat, layout.nbytes, salt_of(version, len(layouts)))
+                try:
+                    self.link.say(message)
+                    self._known.add(layout.digest)
+                    self._broadcast(bucket, flat, layout.nbytes, salt_of(version, len(layouts)))
+                except BaseException:
+                    self.link.close()  # receivers wait for its bytes: nothing else may be said
+                    raise
                 layouts.append(layout)
         except BaseException as error:
             if self.link.problem is None:
@@ -96,7 +100,8 @@ class Sender:
 
     def _broadcast(self, bucket: Bucket | FlatBucket, flat: Tensor, nbytes: int, salt: int) -> None:
         """Seal and send; on a GPU a prepared bucket's seal is computed while the one before it is still travelling."""
-        if self._stream is None or not isinstance(bucket, FlatBucket) or bucket.ready is None:
+        elsewhere = isinstance(bucket, FlatBucket) and flat.device != bucket.flat.device  # copied on this stream
+        if self._stream is None or not isinstance(bucket, FlatBucket) or bucket.ready is None or elsewhere:
             seal(flat, nbytes, salt)
             self.link.broadcast(flat)
             return

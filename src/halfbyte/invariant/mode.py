@@ -6,7 +6,6 @@ A handler stands in for each of them in the forward pass; gradients are those of
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,22 +32,12 @@ def batch_invariant() -> Iterator[None]:
 
     Source: Thinking Machines Lab, "Defeating nondeterminism in LLM inference", 2025.
     """
-    if getattr(_active, "modes", 0):
-        _active.modes += 1
-        try:
-            yield
-        finally:
-            _active.modes -= 1
+    # The stack is looked at, no count is kept: in backward, where checkpoints are computed again, the mode is off it.
+    if any(isinstance(mode, _Mode) for mode in torch.overrides._get_current_function_mode_stack()):
+        yield
         return
-    _active.modes = 1
-    try:
-        with _Mode():
-            yield
-    finally:
-        _active.modes = 0
-
-
-_active = threading.local()
+    with _Mode():
+        yield
 
 
 class _Mode(TorchFunctionMode):
@@ -300,7 +289,7 @@ def _error(func: Any) -> UnsupportedError:
 def _functions(*names: str) -> Iterator[Any]:
     """torch's functions and methods of these names."""
     for name in names:
-        for place in (torch, torch.Tensor, F, torch._C._nn, torch.special):
+        for place in (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg):
             function = getattr(place, name, None)
             if callable(function):
                 yield function
@@ -311,12 +300,14 @@ _MEANS = frozenset(_functions("mean"))
 _ELEMENTWISE = (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "sigmoid", "expit", "erf",
     "silu", "gelu", "softplus", "mish", "elu", "selu", "celu", "logsigmoid", "pow", "__pow__",
+    "__rpow__", "float_power", "sinh", "cosh",
 )  # fmt: skip
 _REFUSED = (
     "bmm", "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "inner", "einsum", "tensordot", "bilinear", "conv1d",
     "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "scaled_dot_product_attention",
     "multi_head_attention_forward", "grouped_mm", "scaled_mm", "cumsum", "cumprod", "logcumsumexp", "logsumexp",
-    "nansum", "nanmean", "var", "std", "var_mean", "std_mean", "norm", "vector_norm", "normalize", "cosine_similarity",
+    "nansum", "nanmean", "var", "std", "var_mean", "std_mean", "norm", "vector_norm", "matrix_norm", "vecdot",
+    "multi_dot", "normalize", "cosine_similarity",
     "prod", "group_norm", "batch_norm", "instance_norm", "index_add", "index_add_", "scatter_add", "scatter_add_",
     "embedding_bag", "exp_", "sigmoid_", "tanh_", "silu_",
 )  # fmt: skip

@@ -37,7 +37,7 @@ def open_source(directory: Path, *, requantize: bool = False) -> Checkpoint:
     if declared.is_nvfp4 and not requantize:
         raise CheckpointError(
             f"{directory}/config.json: the model is quantized already, to {declared.what}; convert the high-precision "
-            "original, or give --requantize to decode these four bits and round them once more"
+            "original, or give --requantize to `halfbyte convert` to decode these four bits and round them once more"
         )
     return DecodedCheckpoint(directory, declared)
 

@@ -182,7 +182,7 @@ def _add_stack(
         info = tensors.get(tensor)
         if info is None:
             raise CheckpointError(f"{where}: {tensor} is missing; download the model again")
-        if (info.dtype, info.shape) != (dtype, expected) or columns % 32 or not count:
+        if (info.dtype, info.shape) != (dtype, expected) or columns % 32 or 0 in expected:
             raise CheckpointError(
                 f"{directory / info.file}: tensor {tensor}: is {info.dtype} {list(info.shape)}, but by config.json "
                 f"{dtype} {list(expected)}"
