@@ -249,19 +249,23 @@ def test_interrupted_half_way(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """What is finished stays, but is no model; --resume ends with the same bytes and does only the rest."""
-    before, quantized = sorted(tmp_path.iterdir()), []
-    options = ("--max-shard-gb", "0.00002", "--device", "cpu")
-    succeeds("convert", source, tmp_path / "whole", *options)
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    shutil.rmtree(tmp_path / "whole")
+    before, quantized, stop = sorted(tmp_path.iterdir()), [], []
 
     def fail(*arguments: Any) -> Any:
         quantized.append(arguments)
-        if len(quantized) == 21:
+        if len(quantized) in stop:
+            stop.clear()
             raise error
         return weights.quantize_groups(*arguments)
 
     monkeypatch.setattr(converting, "quantize_groups", fail)
+    options = ("--max-shard-gb", "0.00002", "--device", "cpu")
+    succeeds("convert", source, tmp_path / "whole", *options)
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    shutil.rmtree(tmp_path / "whole")
+    every = len(quantized)
+    quantized.clear()
+    stop.append(21)
     done = cli("convert", source, tmp_path / "out", *options)
     true(done.exit_code not in (0, None), "a failure that looks like success")
     partial = tmp_path / "out.partial"
@@ -276,7 +280,8 @@ def test_interrupted_half_way(
     quantized.clear()
     report = parsed("convert", source, tmp_path / "out", *options, "--resume")
     equal(report["shards_resumed"], len(shards))
-    true(0 < len(quantized) < 21, f"{len(quantized)} groups were quantized again")
+    # Shards are finished behind the quantizer: how many of them there were by then is not told.
+    true(0 < len(quantized) < every, f"{len(quantized)} of {every} groups were quantized again")
     equal({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}, wanted)
     equal(sorted(tmp_path.iterdir()), sorted([*before, tmp_path / "out"]))
 

@@ -224,7 +224,8 @@ def test_nvfp4_only_if_asked(tmp_path: Path, layout: str) -> None:
     source = encoded.nvfp4(layout)
     directory = source.model.save(tmp_path / "source")
     with pytest.raises(
-        CheckpointError, match=r"quantized already, to NVFP4 .*give --requantize to decode these four bits"
+        CheckpointError,
+        match=r"quantized already, to NVFP4 .*give --requantize to `halfbyte convert` to decode these four bits",
     ):
         convert(directory, tmp_path / "out", Options())
     convert(directory, tmp_path / "out", Options(format=MXFP8()), requantize=True)
