@@ -6,6 +6,7 @@ import torch
 
 from halfbyte import MXFP8, NVFP4, FormatError, HalfbyteError, ShapeError, UnsupportedError, ops, quantize
 from halfbyte.numerics import mxfp8, nvfp4
+from halfbyte.ops.copies import prepare_copies
 
 from .check import equal, same_bits, true
 
@@ -166,3 +167,21 @@ def test_words_of_a_tensor_are_the_numbers_with_their_bits() -> None:
     for impl in ("reference", "cpu"):
         for got, want in zip(ops.quantize_nvfp4(X, STOCHASTIC, impl=impl, rng=words), wanted, strict=True):
             same_bits(got, want)
+
+
+def test_prepared_copies(rng: torch.Generator) -> None:
+    """Whatever the alignment, the strides and the dtype, and again when the sources have changed."""
+    flat = torch.zeros(4096, dtype=torch.uint8)
+    sources = [
+        torch.randn(6, 10, generator=rng), torch.randn(5, generator=rng).bfloat16(), torch.randn((), generator=rng),
+        torch.randint(255, (7,), generator=rng, dtype=torch.uint8), torch.randn(4, 6, generator=rng).T, torch.empty(0),
+    ]  # fmt: skip
+    targets = [torch.zeros(6, 20)[:, ::2], flat[2:12].view(torch.bfloat16), torch.ones(()), flat[101:108],
+               torch.zeros(4, 6).T, torch.empty(0)]  # fmt: skip
+    copy = prepare_copies(zip(targets, sources, strict=True))
+    for _ in range(2):
+        copy()
+        for target, source in zip(targets, sources, strict=True):
+            same_bits(target, source)
+        for source in sources:
+            source += 1

@@ -66,6 +66,25 @@ def test_planned_exports(tmp_path: Path, name: str, recipe: str) -> None:
                 same_bits(found[step][key], tensor, f"{key} of step {step}")
 
 
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_parameter_that_moved(layer: int) -> None:
+    """One of the first bucket, and one of the last, which is noticed when the first is being filled already."""
+    model = ranks.moe()
+    one = Exporter(model.config, headers(model.tensors.items()), Options(), bucket_bytes=30_000)
+    parameters = {
+        name: torch.nn.Parameter(tensor.cuda(), requires_grad=False) for name, tensor in model.tensors.items()
+    }
+    prepared = one.prepare(parameters.items())
+    list(prepared.export())
+    parameter = list(parameters.values())[layer]
+    parameter.data = parameter.data * 2
+    found = {key: tensor.clone() for bucket in prepared.export() for key, tensor in bucket.tensors.items()}
+    wanted = one.export_all(parameters.items())
+    equal(sorted(found), sorted(wanted))
+    for key, tensor in wanted.items():
+        same_bits(found[key], tensor, key)
+
+
 def test_launches_of_a_planned_export() -> None:
     """Few, however many experts there are."""
     model = ranks.moe()

@@ -103,6 +103,13 @@ def test_stacks_however_far_ahead(
         check(quantize.quantize(x.to(DEVICE), NVFP4(), per_matrix=True), wanted, f"{ahead}")
 
 
+@pytest.mark.skipif(INTERPRETING, reason="it is slow")
+def test_a_maximum_of_too_many_tiles_for_a_word_each(rng: torch.Generator) -> None:
+    x = torch.randn(2, 2049, 8192, generator=rng).bfloat16()
+    wanted = nvfp4.quantize(x, NVFP4(), per_matrix=True)
+    check(quantize.quantize(x.to(DEVICE), NVFP4(), per_matrix=True), wanted, "513 tiles")
+
+
 @pytest.mark.parametrize("shape", [(33, 16), (24, 2064)], ids=str)
 def test_one_matrix_in_one_launch(
     shape: tuple[int, int], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch

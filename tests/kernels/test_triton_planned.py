@@ -20,6 +20,8 @@ GROUPS = [0, 1, 1, 2, 1, 0]  # neither consecutive nor in order
 if not INTERPRETING:
     SHAPES += [(700, 1040), (2048, 1024), (2048, 1024), (1, 65536)] + [(16, 32)] * 300
     GROUPS += [3, 4, 3, 3, *range(5, 305)]
+    SHAPES += [(2049, 8192), (16, 16)]  # more tiles of a maximum than there is a word for each
+    GROUPS += [305, 305]
 
 
 def into(xs: list[Tensor], fmt: NVFP4) -> Into:

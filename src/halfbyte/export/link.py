@@ -202,6 +202,7 @@ def connect(
         if device.type == "cuda":
             options = c10d.ProcessGroupNCCL.Options()
             options._timeout = timedelta(days=1)  # its own watchdog would end the process: `settle` watches instead
+            options.is_high_priority_stream = True  # a transfer that waits for room beside quantization waits often
             with torch.cuda.device(device):
                 data_store = c10d.PrefixStore(f"{name}/data", store)
                 groups.append(c10d.ProcessGroupNCCL(data_store, rank, size, options))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..checkpoint.shards import tensor_dtype
 from ..checkpoint.weights import CONSTANT_INPUT_SCALE, WeightGroup, adjacent
 from ..errors import CheckpointError
 from ..formats import MXFP8, NVFP4, Format
+from ..ops.copies import prepare_copies
 from ..ops.prepared import Into, Prepared, places, prepare_many
 from .collect import Collector, Ready
 from .layout import SEAL_BYTES, Layout, Slot, aligned
@@ -108,7 +109,7 @@ class _Draft:
     slots: list[Slot] = field(default_factory=list)
     raw: list[tuple[int, Tensor]] = field(default_factory=list)  # first byte, and what is copied there
     end: int = 0
-    copies: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+    copy: Callable[[], None] | None = None
     block_scales: list[Tensor] = field(default_factory=list)  # MXFP8's
 
     def take(self, nbytes: int) -> int:
@@ -149,9 +150,9 @@ class PreparedExport:
         Raises:
             CheckpointError: a weight contains NaN or inf, which is seen at the end; or, planning anew, as `export`.
         """
-        if self._addresses != [tensor.data_ptr() for tensor in self._tensors]:
-            self._make()
         if self._device.type != "cuda":
+            if self._moved(len(self._tensors)):
+                self._make()
             for draft, bucket in zip(self._drafts, self.buckets, strict=True):
                 self._fill(draft, bucket)
                 yield bucket
@@ -159,21 +160,35 @@ class PreparedExport:
             yield from self._overlapped()
         self._check()
 
+    def _moved(self, count: int) -> bool:
+        """Whether one of the first so many parameters is not where it was when the export was planned."""
+        return self._addresses[:count] != list(map(Tensor.data_ptr, self._tensors[:count]))
+
     def _overlapped(self) -> Iterator[FlatBucket]:
         side: Any = self._stream
         filled: list[Any] = []
         free: list[Any] = []
         side.wait_stream(torch.cuda.current_stream(self._device))
+
+        def fill_next() -> None:
+            k = len(filled)
+            if not self._keep and k >= 2:
+                side.wait_event(free[k - 2])
+            with torch.cuda.stream(side):
+                self._fill(self._drafts[k], self.buckets[k])
+                filled.append(side.record_event())
+                self.buckets[k].ready = filled[k]
+
+        if self.buckets and not self._moved(self._in_first):
+            fill_next()  # while the other addresses are looked at, which takes as long
+        if self._moved(len(self._tensors)):
+            side.synchronize()  # what it fills may be freed next
+            filled.clear()
+            self._make()
         try:
             for i, bucket in enumerate(self.buckets):
                 while len(filled) < min(i + 2, len(self.buckets)):  # this one, and the next one behind it
-                    k = len(filled)
-                    if not self._keep and k >= 2:
-                        side.wait_event(free[k - 2])
-                    with torch.cuda.stream(side):
-                        self._fill(self._drafts[k], self.buckets[k])
-                        filled.append(side.record_event())
-                        self.buckets[k].ready = filled[k]
+                    fill_next()
                 torch.cuda.current_stream(self._device).wait_event(filled[i])
                 yield bucket
                 free.append(torch.cuda.current_stream(self._device).record_event())
@@ -192,8 +207,8 @@ class PreparedExport:
             if job.encode_scale is not None and isinstance(job.format, NVFP4):
                 amax = self._amax[job.amax : job.amax + len(job.encode_scale)]
                 job.encode_scale.copy_(ops.tensor_scales(amax, job.format)[0])
-        for targets, sources in draft.copies:
-            torch._foreach_copy_(targets, sources)
+        assert draft.copy is not None
+        draft.copy()
         for scale in draft.block_scales:
             self._wrong |= (scale >= 254).any()  # 255 is NaN, 254 inf: no finite float reaches it
 
@@ -225,7 +240,7 @@ class PreparedExport:
 
     def _make(self) -> None:
         self._tensors = [entry.tensor if isinstance(entry, Piece) else entry[1] for entry in self._named]
-        self._addresses = []  # until planning has succeeded
+        self._addresses: list[int] = []  # until planning has succeeded
         devices = {tensor.device for tensor in self._tensors}
         if len(devices) != 1:
             raise CheckpointError(f"parameters on {sorted(map(str, devices))}: an export is prepared for one device")
@@ -262,7 +277,8 @@ class PreparedExport:
             drafts.append(_Draft(collected.take(), list(gathers)))
             gathers.clear()
 
-        for entry in self._named:
+        self._in_first = len(self._named)  # parameters that the first bucket needs
+        for number, entry in enumerate(self._named):
             order = None
             if not isinstance(entry, Piece) and entry[0] not in exporter.sources:
                 order = ordering(exporter.model, entry[0], entry[1], exporter.placement)
@@ -276,6 +292,8 @@ class PreparedExport:
                 pieces = ordered_pieces(exporter.model, name, into, exporter.placement)
             collected.add(entry.name if isinstance(entry, Piece) else entry[0], pieces)
             if collected.ready_bytes >= exporter.bucket_bytes:
+                if not drafts:
+                    self._in_first = number + 1
                 close(collected)
         collected.check_complete()
         if collected.ready:
@@ -373,9 +391,7 @@ class PreparedExport:
                 else:
                     tensor_scale = stored
             job.prepared = prepare_many(matrices, groups, job.format, Into(elements, scale, tensor_scale, amax))
-        by_dtype: defaultdict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for offset, source in draft.raw:
-            target = flat[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
-            by_dtype[source.dtype][0].append(target)
-            by_dtype[source.dtype][1].append(source)
-        draft.copies = list(by_dtype.values())
+        draft.copy = prepare_copies(
+            (flat[offset : offset + source.nbytes].view(source.dtype).view(source.shape), source.detach())
+            for offset, source in draft.raw
+        )

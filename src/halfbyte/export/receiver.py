@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SyncError
+from ..ops.copies import prepare_copies
 from .delta import Change, Delta, apply_delta
 from .engine import Serving
 from .layout import SEAL_BYTES, Layout, is_broken, salt_of
@@ -217,17 +218,15 @@ class _Write:
 
     def __init__(self, updates: list[Update], tensors: Mapping[str, Tensor]) -> None:
         self.others: list[tuple[Update, dict[str, Tensor]]] = []
-        by_kind: defaultdict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        plain: list[tuple[Tensor, Tensor]] = []
         for update in updates:
             sources = {source: tensors[source] for source in update.sources}
-            plain = None if update.into is None else _as_words(update.into, *sources.values())
-            if plain is None:
-                self.others.append((update, sources))
+            first = tensors[update.sources[0]]
+            if update.into is not None and update.into.dtype == first.dtype:
+                plain.append((update.into, first))
             else:
-                key = plain[0].dtype, plain[0].device, plain[1].device
-                by_kind[key][0].append(plain[0])
-                by_kind[key][1].append(plain[1])
-        self.copies = list(by_kind.values())
+                self.others.append((update, sources))
+        self.copy = prepare_copies(plain)
 
     def problem(self) -> str | None:
         """Why this must not be written, or None: two halves of one weight can have one tensor scale only."""
@@ -241,25 +240,9 @@ class _Write:
         return None
 
     def __call__(self) -> None:
-        for into, sources in self.copies:
-            torch._foreach_copy_(into, sources)
+        self.copy()
         for update, given in self.others:
             update.write(given)
-
-
-def _as_words(into: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both as runs of the widest words that fit; None where they are not bytes to be copied as they are."""
-    if into.dtype != source.dtype or not (into.is_contiguous() and source.is_contiguous()):
-        return None
-    if not into.numel():
-        return None
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if all(part % dtype.itemsize == 0 for part in (into.nbytes, into.data_ptr(), source.data_ptr())):
-            try:
-                return into.view(-1).view(dtype), source.view(-1).view(dtype)
-            except RuntimeError:  # its offset in its storage does not divide
-                continue
-    return None
 
 
 def _buffer(buffers: dict[int, Tensor], index: int, size: int, device: torch.device) -> Tensor:

@@ -66,11 +66,12 @@ class Targets:
         for name, tensor in self._tensors.items():  # tied weights once
             if seen.setdefault(_memory(tensor, name), name) == name:
                 self.sizes[name] = tensor.numel()
+        self._devices = {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}
         self._alias = {name: seen[_memory(tensor, name)] for name, tensor in self._tensors.items()}
 
     def synchronize(self) -> None:
         """Wait until all that was written on the current streams is there."""
-        for device in {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}:
+        for device in self._devices:
             torch.cuda.current_stream(device).synchronize()
 
     def updates(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], full: bool) -> list[Update]:

@@ -25,10 +25,10 @@ STEPS = 4
 
 @jit
 def flat_amax(
-    x_ptr, bits_ptr, p, start, blocks,
+    x_ptr, p, start, blocks,
     BB: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Raise bits_ptr[p] to the maximum over blocks start … of dense matrix p (int64), word by word."""
+    """The maximum over blocks start … of dense matrix p (int64), word by word; its bit pattern, int32."""
     within = tl.arange(0, BB * 8)
     largest = tl.zeros((BB * 8,), tl.int32)
     for step in tl.static_range(STEPS):
@@ -36,13 +36,12 @@ def flat_amax(
         mask = within < (blocks - first) * 8
         words, lo, hi = load_blocks(x_ptr, (p * blocks + first) * 16, within, mask, 1, True, KIND)  # [BB·8]
         largest = running_abs_max(largest, words, lo, hi, KIND, NATIVE)
-    bits = running_abs_max_bits(largest, KIND, NATIVE)
-    tl.atomic_max(bits_ptr + p, tl.max(bits, 0), sem="relaxed")
+    return tl.max(running_abs_max_bits(largest, KIND, NATIVE), 0)
 
 
 @jit
 def block_amax_tiles(
-    x_ptr, bits_ptr, p, start, blocks, blocks_per_row, stride_p, stride_m, stride_k,
+    x_ptr, p, start, blocks, blocks_per_row, stride_p, stride_m, stride_k,
     BB: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +64,7 @@ def block_amax_tiles(
             words, lo, hi = hadamard_words(lo, hi, KIND, NATIVE)
         maxima = block_abs_max(words, lo, hi, KIND, DENSE or HADAMARD, NATIVE)  # [BB]
         largest = tl.maximum(largest, maxima.to(tl.int32, bitcast=True))
-    tl.atomic_max(bits_ptr + p, tl.max(largest, 0), sem="relaxed")
+    return tl.max(largest, 0)
 
 
 @jit_varying("blocks", "blocks_per_row", "programs")
@@ -74,16 +73,16 @@ def _tensor_amax(
     BB: tl.constexpr, STEPS: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    bits_ptr = amax_ptr.to(tl.pointer_type(tl.int32))
     p = (tl.program_id(0) // programs).to(tl.int64)
     start = tl.program_id(0) % programs * (BB * STEPS)
     if DENSE and not HADAMARD:
-        flat_amax(x_ptr, bits_ptr, p, start, blocks, BB, STEPS, KIND, NATIVE)
+        bits = flat_amax(x_ptr, p, start, blocks, BB, STEPS, KIND, NATIVE)
     else:
-        block_amax_tiles(
-            x_ptr, bits_ptr, p, start, blocks, blocks_per_row, stride_p, stride_m, stride_k,
+        bits = block_amax_tiles(
+            x_ptr, p, start, blocks, blocks_per_row, stride_p, stride_m, stride_k,
             BB, STEPS, DENSE, KIND, HADAMARD, NATIVE,
         )  # fmt: skip
+    tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32)) + p, bits, sem="relaxed")
 
 
 @jit_varying("rows", "columns")

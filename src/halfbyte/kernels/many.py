@@ -113,10 +113,10 @@ def _quantize(
             wanted = tl.load(table_ptr + 5 * N + i)
             slot_ptr, amax_slot_ptr = state_ptr + i, state_ptr + amax_i
         if amax_tile_number < amax_tiles:
-            amax_tile(
-                amax_x_ptr, amax_slot_ptr, zero, amax_tile_number, amax_blocks, 1,
-                AMAX_BB, AMAX_STEPS, KIND, F.hadamard, NATIVE,
-            )  # fmt: skip
+            bits = amax_tile(
+                amax_x_ptr, zero, amax_tile_number, amax_blocks, 1, AMAX_BB, AMAX_STEPS, KIND, F.hadamard, NATIVE
+            )
+            tl.atomic_max(amax_slot_ptr, bits, sem="relaxed")
             publish(amax_slot_ptr + N)
         else:
             wait(slot_ptr + N, wanted, NATIVE)

@@ -25,6 +25,7 @@ from ._philox import random_words
 from ._primitives import jit, jit_varying, tensor_scales
 from ._rules import block_scales, hadamard, hadamard_words, store_elements
 from ._tiles import Matrices, as_matrices, load_blocks
+from ._waiting import wait_maximum
 from .amax import amax as compute_amax
 
 BLOCKS, WARPS = 128, 2  # 1×16 blocks of a program, two a thread; the best of eight tilings tried on an H200
@@ -39,9 +40,12 @@ def quantize_tile(
     p, start, blocks, blocks_per_row,
     amax_stride_p, amax_stride_m, stride_p, stride_m, stride_k, seed, offset, first_block,
     BB: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
-    F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False, values_ptr=None,
+    F: tl.constexpr, NATIVE: tl.constexpr, LAST: tl.constexpr = False, values_ptr=None, amax_tiles=None,
 ):  # fmt: skip
-    """Blocks start … start + BB of matrix p (int64). amax and its scales: the matrix's, or None to load them here."""
+    """Blocks start … start + BB of matrix p (int64). amax and its scales: the matrix's, or None to load them here.
+
+    amax_tiles: how many `publish_maximum` at amax_ptr; None where the maximum is there.
+    """
     within = tl.arange(0, BB)  # [BB]
     pairs = tl.arange(0, 8)  # [8]
     block = start + within
@@ -63,7 +67,10 @@ def quantize_tile(
         amax = tl.load(amax_ptr + p * amax_stride_p + row * amax_stride_m, mask=mask, other=0.0)  # [BB]
         encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
     elif amax is None:  # after the elements, whose loads take as long
-        amax = tl.load(amax_ptr + p * amax_stride_p)
+        if amax_tiles is None:
+            amax = tl.load(amax_ptr + p * amax_stride_p)
+        else:
+            amax = wait_maximum(amax_ptr, amax_tiles, NATIVE)
         encode_scale, decode_scale = tensor_scales(amax, F.e4m3_max, NATIVE)
     block_amax = block_abs_max(words, lo, hi, KIND, DENSE or F.hadamard, NATIVE)
     scale, element = block_scales(lo, hi, block_amax, mask, encode_scale, decode_scale, amax, F, NATIVE)  # [BB]
@@ -78,7 +85,7 @@ def quantize_tile(
         index = p * (blocks // blocks_per_row) + row
         tl.store(tensor_scale_ptr + index, decode_scale, mask=head)
         tl.store(amax_out_ptr + index, amax, mask=head)
-    elif start == 0:
+    elif (tensor_scale_ptr is not None) and start == 0:  # without, the caller writes it
         tl.store(tensor_scale_ptr + p, decode_scale)
         tl.store(amax_out_ptr + p, amax)
 

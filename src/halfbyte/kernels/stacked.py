@@ -6,6 +6,7 @@ is quantized soon after its maximum is known. The floor is those bytes over the 
 Programs go by slots: slot s takes the maximum of matrix s, then quantizes matrix s - ahead, waiting for its maximum.
 With one matrix ahead the programs that run at a time span several slots, and most of them wait; far ahead the matrix
 has left the L2 cache. AHEAD bytes is what hundreds of tiles hold; the second read is the last one, and says so.
+A tile's elements are on their way while it waits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,7 +23,7 @@ from ._launch import cdiv, launch
 from ._philox import random_words
 from ._primitives import jit, jit_varying
 from ._tiles import Matrices
-from ._waiting import publish, wait
+from ._waiting import maximum_words, publish_maximum
 
 BLOCKS, AMAX_BLOCKS, AMAX_STEPS = 1024, 256, 8
 AHEAD = 12 << 20
@@ -30,45 +31,44 @@ AHEAD = 12 << 20
 
 @jit
 def amax_tile(
-    x_ptr, bits_ptr, p, tile, blocks, blocks_per_row,
+    x_ptr, p, tile, blocks, blocks_per_row,
     BB: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr, HADAMARD: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Raise bits_ptr[p] to the maximum over one tile of dense matrix p (int64)."""
+    """The maximum over one tile of dense matrix p (int64), as a bit pattern."""
     start = tile * (BB * STEPS)
     if HADAMARD:
-        amax.block_amax_tiles(
-            x_ptr, bits_ptr, p, start, blocks, blocks_per_row, 0, 0, 1, BB, STEPS, True, KIND, True, NATIVE
+        bits = amax.block_amax_tiles(
+            x_ptr, p, start, blocks, blocks_per_row, 0, 0, 1, BB, STEPS, True, KIND, True, NATIVE
         )
     else:
-        amax.flat_amax(x_ptr, bits_ptr, p, start, blocks, BB, STEPS, KIND, NATIVE)
+        bits = amax.flat_amax(x_ptr, p, start, blocks, BB, STEPS, KIND, NATIVE)
+    return bits
 
 
 @jit_varying("seed", "offset", "first_block")
 def _quantize(
     x_ptr, out_ptr, scale_ptr, state_ptr, tensor_scale_ptr, amax_out_ptr, words_ptr, count, blocks, blocks_per_row,
-    amax_tiles, tiles, ahead, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
+    amax_tiles, tiles, ahead, amax_words, seed: tl.int64, offset: tl.int64, first_block: tl.int64,
     BB: tl.constexpr, EVEN: tl.constexpr, AMAX_BB: tl.constexpr, AMAX_STEPS: tl.constexpr, KIND: tl.constexpr,
     F: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    # state: maxima as bit patterns [count], finished tiles of each maximum [count]; all zero at first
+    # state: [count, amax_words], see `publish_maximum`; all zero at first
     slot = tl.program_id(0) // (amax_tiles + tiles)
     tile = tl.program_id(0) % (amax_tiles + tiles)
-    done_ptr = state_ptr + count
     if tile < amax_tiles:
         if slot < count:
-            amax_tile(
-                x_ptr, state_ptr, slot.to(tl.int64), tile, blocks, blocks_per_row,
+            bits = amax_tile(
+                x_ptr, slot.to(tl.int64), tile, blocks, blocks_per_row,
                 AMAX_BB, AMAX_STEPS, KIND, F.hadamard, NATIVE,
             )  # fmt: skip
-            publish(done_ptr + slot)
+            publish_maximum(state_ptr + slot * amax_words, bits, tile, amax_tiles)
     elif slot >= ahead:
         p = slot - ahead
         seed, offset = random_words(words_ptr, seed, offset, WORDS)
-        wait(done_ptr + p, amax_tiles, NATIVE)
         quantize.quantize_tile(
-            x_ptr, out_ptr, scale_ptr, state_ptr.to(tl.pointer_type(tl.float32)), tensor_scale_ptr, amax_out_ptr,
+            x_ptr, out_ptr, scale_ptr, state_ptr + p * amax_words, tensor_scale_ptr, amax_out_ptr,
             None, None, None, p.to(tl.int64), (tile - amax_tiles) * BB, blocks, blocks_per_row, 1, 0, 0, 0, 1,
-            seed, offset, first_block, BB, EVEN, True, KIND, "packed", F, NATIVE, True,
+            seed, offset, first_block, BB, EVEN, True, KIND, "packed", F, NATIVE, True, amax_tiles=amax_tiles,
         )  # fmt: skip
 
 
@@ -86,16 +86,17 @@ def quantize_into(
 ) -> None:
     """A fill and one launch; see `quantize.quantize`. m is dense and not empty."""
     packed, scale, tensor_scale, amax_out = out
-    state = torch.zeros(2 * m.matrices, dtype=torch.int32, device=m.x.device)
     bb = tile_blocks(fmt)
     blocks = m.rows * m.columns // 16
     amax_tiles, tiles = cdiv(blocks, AMAX_BLOCKS * AMAX_STEPS), cdiv(blocks, bb)
+    amax_words = maximum_words(amax_tiles)
+    state = torch.zeros(m.matrices * amax_words, dtype=torch.int32, device=m.x.device)
     ahead = min(m.matrices, cdiv(AHEAD, blocks * 16 * m.x.element_size()))
     words, seed, offset = quantize.random_arguments(rng, state)
     launch(
         _quantize, (m.matrices + ahead) * (amax_tiles + tiles),
         (m.x, packed, scale, state, tensor_scale, amax_out, words),
-        (m.matrices, blocks, m.columns // 16, amax_tiles, tiles, ahead), (seed, offset, first_block),
+        (m.matrices, blocks, m.columns // 16, amax_tiles, tiles, ahead, amax_words), (seed, offset, first_block),
         BB=bb, EVEN=blocks % bb == 0, AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS, KIND=m.kind, F=fmt,
         WORDS=words is rng, NATIVE=_target.native_level(m.x.device),
     )  # fmt: skip

@@ -1,0 +1,41 @@
+"""Many tensors copied in two launches; run as `test_triton_kernels.py` is."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from halfbyte.kernels import copies
+
+from ..check import equal, same_bits, true
+from .test_triton_kernels import DEVICE, pytestmark  # noqa: F401
+
+SIZES = (4, 8, 12, 16, 20, 64, 4 * copies.CHUNK, 4 * copies.CHUNK + 4, 12 * copies.CHUNK - 16)  # bytes
+
+
+def test_every_byte_and_no_other(rng: torch.Generator) -> None:
+    """Also from one address to several places, and again with other bytes."""
+    sources = [torch.randint(256, (size,), generator=rng, dtype=torch.uint8).to(DEVICE) for size in SIZES]
+    room = [torch.full((size + 32,), 0xA5, dtype=torch.uint8, device=DEVICE) for size in (*SIZES, SIZES[0])]
+    targets = [each[16:-16] for each in room]
+    sources.append(torch.arange(48, dtype=torch.uint8, device=DEVICE)[4:44])  # aligned to 4 only
+    room.append(torch.full((72,), 0xA5, dtype=torch.uint8, device=DEVICE))
+    targets.append(room[-1][20:-12])
+    pairs = list(zip(targets, [*sources[:-1], sources[0], sources[-1]], strict=True))
+    true(all(copies.supports(*pair) for pair in pairs), "these are supported")
+    copy = copies.Copies(*zip(*pairs, strict=True))
+    for step in range(2):
+        copy()
+        for (target, source), around in zip(pairs, room, strict=True):
+            same_bits(target.cpu(), source.cpu(), f"{len(source)} bytes, step {step}")
+            equal(int((around == 0xA5).sum() - (target == 0xA5).sum()), 32, "a byte beside a target was written")
+        for source in sources:
+            source += 1
+
+
+def test_what_it_leaves_to_others() -> None:
+    x = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+    equal(copies.supports(x[1:33], x[32:]), False)
+    equal(copies.supports(torch.zeros(512, device=DEVICE)[1:101], torch.zeros(100, device=DEVICE)), False)
+    equal(copies.supports(x[:6], x[16:22]), False)
+    equal(copies.supports(x[:32:2], x[32:48]), False)
