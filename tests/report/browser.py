@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
     """A browser of its own, with a new profile; ended afterwards."""
     pairs = [os.pipe(), os.pipe()]
     (their_in, our_out), (our_in, their_out) = pairs
-    fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (their_in, their_out)]  # out of the way of 3 and 4
+    fds = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (their_in, their_out)]  # out of the way of 3 and 4
     null = os.open(os.devnull, os.O_RDWR)
     actions = [(os.POSIX_SPAWN_DUP2, fd, at) for fd, at in ((null, 0), (null, 1), (null, 2), (fds[0], 3), (fds[1], 4))]
     command = [program, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
@@ -110,10 +111,11 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
     try:
         page = Browser(our_out, our_in)
         yield page
-        with contextlib.suppress(EOFError):
-            page._session = {}
-            page.call("Browser.close")
     finally:
         os.close(our_out)  # a browser whose pipe is closed ends
         os.close(our_in)
-        os.waitpid(process, 0)
+        until = time.monotonic() + 10
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            if time.monotonic() > until:
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.05)

@@ -1,11 +1,13 @@
 """inspect: its numbers against sums taken by hand, checkpoints of other tools, and a report that nothing can hurt."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from halfbyte import MXFP8, NVFP4, quantize
@@ -16,6 +18,7 @@ from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.shards import Checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.report.html import render, visible, write
+from halfbyte.report.inspection import print_inspection
 
 from ..check import equal, true
 from ..checkpoint import models
@@ -258,3 +261,27 @@ def test_command(tmp_path: Path) -> None:
         has(parsed("inspect", *arguments, code=2)["error"], message)
     with pytest.raises(CheckpointError, match="must be a file"):
         write(inspect(out), tmp_path)
+
+
+@pytest.mark.parametrize("width", [36, 60, 80, 140])
+def test_terminal(tmp_path: Path, width: int) -> None:
+    """However narrow the terminal: no cell is cut, every column is there, nothing runs over the edge."""
+    source, out = wounded(tmp_path)
+    text = io.StringIO()
+    found = inspect(out, source)
+    print_inspection(Console(file=text, width=width), found)
+    lines = text.getvalue().splitlines()
+    true(max(map(len, lines)) <= width and "…" not in text.getvalue(), text.getvalue())
+    words = " ".join(text.getvalue().split())
+    has(
+        words,
+        "SNR dB",
+        "saturated",
+        "flushed",
+        "clipped",
+        "all zero",
+        "vllm loads wrongly (fused layers)",
+        "dead expert",
+    )
+    has(words, f"{found.total.relative_error:.2%}", f"{found.total.snr:.2f}", f"{found.total.nbytes / 1000:.2f} kB")
+    equal(sum(line.startswith(" experts down_proj") for line in lines), {36: 8, 60: 3, 80: 2, 140: 1}[width])

@@ -128,7 +128,7 @@ def scale_histograms(scales: Mapping[str, Tensor]) -> list[Bars]:
         present = [byte for counts in kinds.values() for byte, count in enumerate(counts) if count]
         first, last = max(min(present) - 2, 0), min(max(present) + 2, 255)
         if fmt == "NVFP4" and max(present) < 128:
-            last = 127  # how far it is to 448 is worth seeing
+            first, last = min(first, 127 - 16), 127  # how far it is to 448 is worth seeing
         bars += [_scale_histogram(name, kinds[name], first, last) for name in kinds]
     return bars
 
@@ -191,8 +191,7 @@ def _e4m3(byte: int) -> str:
 
 def _e8m0(byte: int) -> str:
     """What an E8M0 byte stands for."""
-    exponent = str(byte - 127).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return "NaN" if byte == 255 else f"2{exponent}"
+    return "NaN" if byte == 255 else f"2^{byte - 127}"
 
 
 def _short(count: int) -> str:
@@ -224,7 +223,7 @@ def _axis(low: float, high: float) -> tuple[list[float], Callable[[float], float
 def _log_axis(low: float, high: float) -> tuple[list[float], Callable[[float], float]]:
     """The same, logarithmic; low is positive."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    steps = [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if high < 1000 * low else (1,))]
     first = max(step for step in steps if step <= low)
     ticks = [step for step in steps if first <= step < high] + [next(step for step in steps if step >= high)]
     return ticks[:: math.ceil(len(ticks) / 8)], lambda value: math.log(value / first) / math.log(ticks[-1] / first)
