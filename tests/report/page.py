@@ -1,5 +1,7 @@
 """What a browser would see of a page, without one: is it well-formed, self-contained, and inert?"""
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 
@@ -8,6 +10,7 @@ HARMLESS = {
     *("html", "head", "meta", "title", "style", "body", "a", "header", "main", "footer", "nav", "section", "h1", "h2"),
     *("h3", "p", "ul", "li", "dl", "dt", "dd", "div", "span", "strong", "details", "summary", "figure", "figcaption"),
     *("table", "thead", "tbody", "tr", "th", "td", "svg", "g", "line", "rect", "circle", "polyline", "text"),
+    *("tfoot", "wbr", "script"),
 }
 
 
@@ -22,6 +25,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.focusable = 0
+        self.policy = ""
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -31,7 +35,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(self.texts)
+        return "".join(self.texts)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._element(tag, attrs)
@@ -48,6 +52,11 @@ class Page(HTMLParser):
             self._open.pop()
 
     def handle_data(self, data: str) -> None:
+        if "script" in self._open:  # the policy has to know it, so that no other one runs
+            digest = base64.b64encode(hashlib.sha256(data.encode()).digest()).decode()
+            if f"script-src 'sha256-{digest}'" not in self.policy:
+                self.wrong.append(f"a script that the policy does not name: {data[:80]}")
+            return
         self.texts.append(data)
         if "style" in self._open and re.search(r"url\(|@import|expression\(", data):
             self.wrong.append(f"style loads something: {data[:80]}")
@@ -64,6 +73,8 @@ class Page(HTMLParser):
                 self.wrong.append(f"{name}={value!r}")
             if re.search(r"(?i)(https?:|^//|javascript:|data:|url\()", value) and name != "content":
                 self.wrong.append(f"{name}={value!r} points outside")
+            if name == "content" and "default-src" in value:
+                self.policy = value
             if name == "href":
                 self.refers.append(value.removeprefix("#"))
                 if not value.startswith("#"):

@@ -172,7 +172,7 @@ def inspect(
         codes=_sums((m for m in measured if int(m.codes.sum())), lambda result: result.codes),
         kept=_kept(found),
         nbytes=found.checkpoint.nbytes,
-        remarks=tuple(sorted(_remarks(case, measured, layers), key=lambda remark: SEVERITIES.index(remark.severity))),
+        remarks=tuple(sorted(_remarks(case, measured), key=lambda remark: SEVERITIES.index(remark.severity))),
         verdicts=tuple(judge(found, histograms=histograms)),
     )
 
@@ -263,7 +263,7 @@ _SHARED: tuple[tuple[Severity, Callable[[Case], check.Places]], ...] = (
 )
 
 
-def _remarks(case: Case, measured: tuple[Measured, ...], layers: tuple[Row, ...]) -> Iterator[Remark]:
+def _remarks(case: Case, measured: tuple[Measured, ...]) -> Iterator[Remark]:
     for severity, places in _SHARED:
         for where, what in places(case):
             yield Remark(severity, where, what)
@@ -271,8 +271,9 @@ def _remarks(case: Case, measured: tuple[Measured, ...], layers: tuple[Row, ...]
         if result.problem is not None:
             yield Remark("error", result.weight.name.full, result.problem)
     yield from _dead(measured)
-    yield from _lost_blocks(layers)
-    yield from _outliers(layers)
+    alive = tuple(_rows((result for result in measured if not result.dead), by_layer=True))  # the dead were named
+    yield from _lost_blocks(alive)
+    yield from _outliers(alive)
 
 
 def _dead(measured: tuple[Measured, ...]) -> Iterator[Remark]:
@@ -283,10 +284,12 @@ def _dead(measured: tuple[Measured, ...]) -> Iterator[Remark]:
         parts[name.full if name.expert is None else f"{name.experts_module}.{name.expert}"].append(result)
     for where, members in parts.items():
         dead = [member.weight.name.leaf for member in members if member.dead]
+        lost = any(member.dead and member.flushed for member in members)
+        but = ", though their codes or their original are not" if lost else ""
         if dead and len(dead) == len(members) and members[0].weight.name.expert is not None:
-            yield Remark("warning", where, "is a dead expert: all its weights are zero")
+            yield Remark("warning", where, f"dead expert: all its weights are zero{but}")
         elif dead:
-            yield Remark("warning", where, f"is all zero{'' if len(members) == 1 else ' in ' + ', '.join(dead)}")
+            yield Remark("warning", where, f"all zero{'' if len(members) == 1 else ' in ' + ', '.join(dead)}{but}")
 
 
 def _lost_blocks(layers: tuple[Row, ...]) -> Iterator[Remark]:

@@ -1,18 +1,21 @@
-"""An inspection as one HTML file: no script, nothing from elsewhere, every name escaped."""
+"""An inspection as one HTML file: nothing from elsewhere, every name escaped; its only script sorts tables."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from ..checkpoint.inspection import Inspection, Row
+from ..checkpoint.inspection import SEVERITIES, Inspection, Remark, Row
 from ..checkpoint.measure import Measured
 from ..errors import CheckpointError
 from ..version import __version__
@@ -21,13 +24,22 @@ from .console import size
 from .loaders import by_rule
 
 WORST = 20
+FIRST_REMARKS = 20
 SHOWN_REMARKS = 200
 SHOWN_LAYERS = 2000
+SHADED = 3.0  # dB: smaller differences between layers do not span all shades
 
 
 def visible(text: str) -> str:
     """Text in which nothing is hidden: control and direction characters as their numbers."""
     return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") else c for c in text)
+
+
+def counted(remarks: Sequence[Remark]) -> str:
+    """How many findings of each severity."""
+    counts = Counter(remark.severity for remark in remarks)
+    words = (f"{counts[s]} {s}{'' if counts[s] == 1 else 's'}" for s in SEVERITIES if counts[s])
+    return ", ".join(words) or "none"
 
 
 def _finalize(value: Any) -> Any:
@@ -38,8 +50,11 @@ def _finalize(value: Any) -> Any:
 
 def render(found: Inspection) -> str:
     """The whole file."""
+    templates = Path(__file__).parent / "templates"
+    script = (templates / "sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(templates),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_finalize,
@@ -47,6 +62,7 @@ def render(found: Inspection) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "percent": _percent, "decibel": _decibel, "count": "{:,}".format}
+    environment.filters["breakable"] = _breakable
     columns, heat = _heat(found.layers)
     return environment.get_template("inspection.html").render(
         it=found,
@@ -61,6 +77,10 @@ def render(found: Inspection) -> str:
         worst=_worst(found.weights),
         layers=found.layers[:SHOWN_LAYERS],
         remarks=found.remarks[:SHOWN_REMARKS],
+        first_remarks=FIRST_REMARKS,
+        counted=counted(found.remarks),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",  # the only script that the page's policy lets run
         verdicts=[(verdict, by_rule(verdict.objections)) for verdict in found.verdicts],
         sizes=_sizes(found),
     )
@@ -94,6 +114,11 @@ def _decibel(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _breakable(name: str) -> Markup:
+    """A tensor's name that may break after its dots."""
+    return Markup(".<wbr>").join(escape(visible(part)) for part in name.split("."))
+
+
 def _worst(weights: Sequence[Measured]) -> list[dict[str, Any]]:
     rows = [weight.to_json() for weight in weights]
     known = [row for row in rows if row["relative_error"] is not None]
@@ -103,7 +128,7 @@ def _worst(weights: Sequence[Measured]) -> list[dict[str, Any]]:
 def _sizes(found: Inspection) -> list[tuple[str, int, float, int | None]]:
     """(what, bytes, share, color of its bar or None) of everything in the files, the largest first."""
     parts = [(f"{row.label} ({row.place[4]})", row.nbytes, True) for row in found.kinds]
-    parts += [(f"{kind} as it was", nbytes, False) for kind, (_, nbytes) in found.kept.items()]
+    parts += [(f"{kind}, not quantized", nbytes, False) for kind, (_, nbytes) in found.kept.items()]
     parts.sort(key=lambda part: -part[1])
     total = max(sum(nbytes for _, nbytes, _ in parts), 1)
     return [
@@ -122,7 +147,7 @@ def _heat(layers: Sequence[Row]) -> tuple[list[str], list[tuple[str, list[tuple[
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
 
     def cell(value: float | None) -> tuple[str, int] | None:
-        return None if value is None else (f"{value:.1f}", round(8 * (value - low) / max(high - low, 1e-9)))
+        return None if value is None else (f"{value:.1f}", round(8 - 8 * (high - value) / max(high - low, SHADED)))
 
     rows = []
     for (tower, layer), line in sorted(cells.items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from ..checkpoint.inspection import Row
 from ..numerics.e2m1 import VALUES
 
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 36
+WIDTH, HEIGHT = 560, 280
+LEFT, RIGHT, TOP, BOTTOM = 68, 12, 36, 50
 COLORS = 10  # as many as the template has
+TICKS = 6  # so many labels fit side by side on a phone
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Series:
 class Lines:
     """Lines over layers."""
 
+    names: tuple[str, str]  # of the axes, x and y
     x: tuple[Tick, ...]
     y: tuple[Tick, ...]
     series: tuple[Series, ...]
@@ -72,6 +74,7 @@ class Bars:
     """A histogram."""
 
     name: str
+    names: tuple[str, str]  # of the axes, x and y
     x: tuple[Tick, ...]
     y: tuple[Tick, ...]
     bars: tuple[Bar, ...]
@@ -88,14 +91,14 @@ def error_by_layer(layers: Sequence[Row]) -> Lines | None:
     if not rows:
         return None
     errors = [row.relative_error or 0.0 for row in rows]
-    margin = max(0.1 * (max(errors) - min(errors)), 0.01 * max(errors), 1e-12)
-    low, high = max(min(errors) - margin, 0.0), max(errors) + margin  # lines, not bars: no need to start at zero
+    log = max(errors) > 5 * min(errors) > 0  # else an outlier presses all others flat
+    ticks, share = _log_axis(min(errors), max(errors)) if log else _axis(min(errors), max(errors))
     last = max(row.place[1] or 0 for row in rows)
     names = list(dict.fromkeys(f"{row.place[2]} {row.place[3]}" for row in rows))
 
     def point(row: Row) -> Point:
         error, layer = row.relative_error or 0.0, row.place[1] or 0
-        return Point(_x(layer / max(last, 1)), _y((error - low) / (high - low)), f"{row.label}: {error:.3%}")
+        return Point(_x(layer / max(last, 1)), _y(share(error)), f"{row.label}: {error:.3%}")
 
     def key(row: Row) -> int:
         return row.place[1] or 0
@@ -108,24 +111,34 @@ def error_by_layer(layers: Sequence[Row]) -> Lines | None:
         )
         for i, name in enumerate(names)
     )
-    step = max(1, math.ceil((last + 1) / 12))
+    step = round(_round_up(max((last + 1) / TICKS, 1)))
     x = tuple(Tick(_x(layer / max(last, 1)), str(layer)) for layer in range(0, last + 1, step))
-    y = tuple(Tick(_y(i / 4), f"{low + (high - low) * i / 4:.3%}") for i in range(5))
-    return Lines(x, y, series)
+    y = tuple(Tick(_y(share(tick)), f"{100 * tick:.10g}%") for tick in ticks)
+    return Lines(("layer", "relative error" + (", logarithmic" if log else "")), x, y, series)
 
 
 def scale_histograms(scales: Mapping[str, Tensor]) -> list[Bars]:
-    """One histogram for each kind of weight: how often each block-scale byte occurs, its height logarithmic."""
-    return [_scale_histogram(name, counts.tolist()) for name, counts in scales.items()]
+    """One histogram for each kind of weight: how often each block-scale byte occurs, its height logarithmic.
+
+    Those of one format have one x axis, so that kinds can be compared.
+    """
+    bars = []
+    for fmt in dict.fromkeys(name.split()[0] for name in scales):
+        kinds = {name: counts.tolist() for name, counts in scales.items() if name.split()[0] == fmt}
+        present = [byte for counts in kinds.values() for byte, count in enumerate(counts) if count]
+        first, last = max(min(present) - 2, 0), min(max(present) + 2, 255)
+        if fmt == "NVFP4" and max(present) < 128:
+            first, last = min(first, 127 - 16), 127  # how far it is to 448 is worth seeing
+        bars += [_scale_histogram(name, kinds[name], first, last) for name in kinds]
+    return bars
 
 
-def _scale_histogram(name: str, counts: list[int]) -> Bars:
+def _scale_histogram(name: str, counts: list[int], first: int, last: int) -> Bars:
     nvfp4 = name.startswith("NVFP4")
+    value = _e4m3 if nvfp4 else _e8m0
     present = [byte for byte, count in enumerate(counts) if count]
-    first, last = (0, 127) if nvfp4 and present[-1] < 128 else (max(present[0] - 2, 0), min(present[-1] + 2, 255))
     top = math.log10(max(counts)) or 1.0
     width = (WIDTH - LEFT - RIGHT) / (last - first + 1)
-    value = _e4m3 if nvfp4 else lambda byte: "NaN" if byte == 255 else f"2^{byte - 127}"
 
     def bar(byte: int) -> Bar:
         height = max(math.log10(counts[byte]) / top, 0.01) * (HEIGHT - TOP - BOTTOM)
@@ -133,12 +146,17 @@ def _scale_histogram(name: str, counts: list[int]) -> Bars:
         text = f"0x{byte:02X} = {value(byte)}: {counts[byte]:,} blocks"
         return Bar(x, HEIGHT - BOTTOM - height, max(width - 0.5, 0.5), height, text)
 
-    step = 16 if last - first > 32 else max(1, (last - first) // 8)
-    x = tuple(Tick(LEFT + (byte - first + 0.5) * width, value(byte)) for byte in range(first, last + 1, step))
-    y = tuple(Tick(_y(power / top), f"{10**power:,}") for power in range(math.floor(top) + 1))
-    total = sum(counts)
-    summary = f"{total:,} blocks, scales from {value(present[0])} to {value(present[-1])}, {counts[0]:,} of them 0x00"
-    return Bars(name, x, y, tuple(bar(byte) for byte in present), summary)
+    unit = 8 if nvfp4 else 1  # E4M3 doubles every 8 bytes
+    step = unit * math.ceil((last - first + 1) / unit / TICKS)
+    marked = range(math.ceil(first / step) * step, last + 1, step)
+    x = tuple(Tick(LEFT + (byte - first + 0.5) * width, value(byte)) for byte in marked)
+    y = tuple(Tick(_y(power / top), _short(10**power)) for power in range(math.floor(top) + 1))
+    low, high = value(present[0]), value(max((byte for byte in present if value(byte) != "NaN"), default=present[-1]))
+    nan = sum(count for byte, count in enumerate(counts) if value(byte) == "NaN")
+    spread = f"all scales {low}" if low == high else f"scales from {low} to {high}"
+    summary = f"{sum(counts):,} blocks, {spread}" + (f", {counts[0]:,} are 0" if nvfp4 and counts[0] else "")
+    summary += f", {nan:,} are NaN" if nan else ""
+    return Bars(name, ("block scale", "blocks, logarithmic"), x, y, tuple(map(bar, present)), summary)
 
 
 def code_histograms(codes: Mapping[str, Tensor]) -> list[Bars]:
@@ -148,17 +166,18 @@ def code_histograms(codes: Mapping[str, Tensor]) -> list[Bars]:
 
 def _code_histogram(name: str, counts: list[int]) -> Bars:
     total = sum(counts)
-    top = _nice(max(counts) / total)
+    ticks, share = _axis(0.0, max(counts) / total)
     width = (WIDTH - LEFT - RIGHT) / 8
     magnitudes = [f"{value:g}" for value in VALUES[:8]]
     bars = []
     for i, (magnitude, count) in enumerate(zip(magnitudes, counts, strict=True)):
-        height = count / total / top * (HEIGHT - TOP - BOTTOM)
+        height = share(count / total) * (HEIGHT - TOP - BOTTOM)
         text = f"±{magnitude}: {count / total:.2%}"
         bars.append(Bar(LEFT + i * width + 4, HEIGHT - BOTTOM - height, width - 8, height, text))
     x = tuple(Tick(LEFT + (i + 0.5) * width, magnitude) for i, magnitude in enumerate(magnitudes))
-    y = tuple(Tick(_y(i / 4), f"{top * i / 4:.0%}") for i in range(5))
-    return Bars(name, x, y, tuple(bars), f"{counts[7] / total:.2%} at ±6, {counts[0] / total:.2%} zero")
+    y = tuple(Tick(_y(share(tick)), f"{100 * tick:.10g}%") for tick in ticks)
+    summary = f"{counts[7] / total:.2%} at ±6, {counts[0] / total:.2%} zero"
+    return Bars(name, ("magnitude", "share of elements"), x, y, tuple(bars), summary)
 
 
 def _e4m3(byte: int) -> str:
@@ -170,6 +189,19 @@ def _e4m3(byte: int) -> str:
     return f"{-value if sign else value:.4g}"
 
 
+def _e8m0(byte: int) -> str:
+    """What an E8M0 byte stands for."""
+    return "NaN" if byte == 255 else f"2^{byte - 127}"
+
+
+def _short(count: int) -> str:
+    """A power of ten in at most four characters."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count // unit}{name}"
+    return str(count)
+
+
 def _x(share: float) -> float:
     return LEFT + 8 + share * (WIDTH - LEFT - RIGHT - 16)
 
@@ -178,9 +210,26 @@ def _y(share: float) -> float:
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _nice(value: float) -> float:
-    """The next of 1, 2, 4, 10 times a power of ten."""
-    if value <= 0:
-        return 1.0
+def _axis(low: float, high: float) -> tuple[list[float], Callable[[float], float]]:
+    """Round values around low … high, and where a value lies on an axis over them, 0 … 1."""
+    high = high or 0.01
+    step = _round_up((high - low) / 4 or high / 100)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
+    ticks = [i * step for i in range(first, last + 1)]
+    return ticks, lambda value: (value / step - first) / (last - first)
+
+
+def _log_axis(low: float, high: float) -> tuple[list[float], Callable[[float], float]]:
+    """The same, logarithmic; low is positive."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if high < 1000 * low else (1,))]
+    first = max(step for step in steps if step <= low)
+    ticks = [step for step in steps if first <= step < high] + [next(step for step in steps if step >= high)]
+    return ticks[:: math.ceil(len(ticks) / 8)], lambda value: math.log(value / first) / math.log(ticks[-1] / first)
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5, 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 1.2, 1.6, 2, 4, 6, 8, 10) if value <= step * power * (1 + 1e-9))
+    return next(digit * power for digit in (1, 2, 5, 10) if value <= digit * power * (1 + 1e-9))
