@@ -12,8 +12,9 @@ import torch
 from halfbyte import MXFP8
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.load_case import ENGINES
-from halfbyte.checkpoint.load_checks import marlin_flushed
-from halfbyte.checkpoint.loaders import RULES, SCHEMES, judge, parse_engines
+from halfbyte.checkpoint.load_values import marlin_flushed
+from halfbyte.checkpoint.loader_rules import OUTCOMES, RULES, SCHEMES
+from halfbyte.checkpoint.loaders import judge, parse_engines
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.survey import survey
 from halfbyte.errors import CheckpointError
@@ -55,15 +56,17 @@ def expect(*engines: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("model", "options", "wanted"),
     [
-        ("tied", {}, "+-+-"),
+        ("tied", {}, "+++-"),
         ("tied", W4A4, "+++-"),
-        ("tied", {"format": MXFP8()}, "+++-"),
+        ("tied", {"format": MXFP8()}, "+++w"),
         ("tied", CT, "++-+"),
-        ("tied", W4A4 | CT | {"kv_cache": "fp8"}, "++++"),
-        ("tied", CT | {"format": MXFP8()}, "++-+"),
+        ("tied", W4A4 | CT | {"kv_cache": "fp8"}, "++-+"),
+        ("tied", CT | {"format": MXFP8()}, "+--+"),
         ("moe", W4A4, "+++-"),
         ("moe", CT, "++-w"),
-        ("moe", {"overrides": (FormatOverride(MXFP8(), kinds=("attention",)),), **W4A4}, "+-+-"),
+        ("moe", CT | {"format": MXFP8()}, "+---"),
+        ("moe", {"overrides": (FormatOverride(MXFP8(), kinds=("attention",)),), **W4A4}, "+w+-"),
+        ("tied", CT | {"overrides": (FormatOverride(MXFP8(), kinds=("attention",)),)}, "+--+"),
     ],
 )
 def test_what_halfbyte_writes(converted: Callable[..., Path], model: str, options: dict[str, Any], wanted: str) -> None:
@@ -159,9 +162,15 @@ def test_configs_of_any_shape(converted: Callable[..., Path], tmp_path: Path, va
 
 
 def test_the_tables() -> None:
+    methods = {"", "modelopt", "compressed-tensors", "mxfp8"}
     for rule in RULES:
-        true(rule.outcomes and rule.source and set(rule.outcomes) <= set(ENGINES), rule.name)
-    true(all(set(engines) <= set(ENGINES) for engines in SCHEMES.values()), "an unknown engine")
+        for key, answer in rule.answers.items():
+            engine, _, method = key.partition(" ")
+            true(engine in ENGINES and method in methods, f"{rule.name}: {key}")
+            true(answer.outcome in OUTCOMES and (answer.source or answer.outcome == "caution"), f"{rule.name}: {key}")
+    for engines in SCHEMES.values():
+        for engine, answer in engines.items():
+            true(engine in ENGINES and answer.outcome in OUTCOMES and answer.source and answer.why, engine)
     equal(parse_engines("vllm, SGLang"), ("vllm", "sglang"))
     equal(parse_engines("all"), ENGINES)
     for text, message in (("vllm,tgi", "no engine tgi"), ("", "no engine named")):
