@@ -22,9 +22,9 @@ def serve_commands(output: Path, options: Options, formats: set[type[Format]], h
     mixed = len(formats) > 1
     weight_only = options.activations == "none" and MXFP8 not in formats
     if options.layout == "compressed-tensors":
-        if not mixed:
+        if MXFP8 not in formats:  # SGLang has no scheme for MXFP8 in this layout
             commands["SGLang"] = sglang
-        if not has_experts:  # transformers ignores weight_global_scale in fused experts
+        if not has_experts:  # transformers ignores weight_global_scale in fused experts, and fails on MXFP8's
             commands["transformers"] = f"AutoModelForCausalLM.from_pretrained({str(output)!r})"
     elif not weight_only and not mixed:  # W4A16 in ModelOpt's layout is sure in vLLM only
         commands["SGLang"] = sglang

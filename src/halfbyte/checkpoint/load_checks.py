@@ -35,7 +35,8 @@ def other_layout(case: Case) -> Places:
     for weight in case.survey.weights:
         layout, mxfp8 = weight.spelling.layout, isinstance(weight.format, MXFP8)
         shared = mxfp8 and layout == "modelopt" and method == "compressed-tensors"
-        renamed = mxfp8 and case.engine == "sglang" and {layout, method} == {"modelopt", "mxfp8"}
+        # SGLang renames one to the other; TensorRT-LLM is not known to mind.
+        renamed = mxfp8 and {layout, method} == {"modelopt", "mxfp8"} and case.engine in ("sglang", "tensorrt-llm")
         if layout != method and not shared and not renamed:
             yield weight.tensor(weight.spelling.elements), f"has the names of {layout}; the config says {method}"
 

@@ -78,17 +78,13 @@ _H_CAST = "from_pretrained casts elements and reports their scales as unexpected
 
 def _answers(outcome: str, **sources: str) -> dict[str, Answer]:
     """One outcome for several; underscores stand for what a keyword cannot hold."""
-    spelled = {
-        "tensorrt": "tensorrt-llm",
-        "vllm_ct": "vllm compressed-tensors",
-        "sglang_ct": "sglang compressed-tensors",
-    }
-    spelled |= {
-        "sglang_modelopt": "sglang modelopt",
-        "vllm_modelopt": "vllm modelopt",
-        "hf_mxfp8": "transformers mxfp8",
-    }
-    return {spelled.get(key, key): Answer(outcome, source) for key, source in sources.items()}
+    engines = {"tensorrt": "tensorrt-llm", "hf": "transformers"}
+    methods = {"ct": " compressed-tensors"}
+    found = {}
+    for key, source in sources.items():
+        engine, _, method = key.partition("_")
+        found[engines.get(engine, engine) + (methods.get(method, f" {method}") if method else "")] = source
+    return {key: Answer(outcome, source) for key, source in found.items()}
 
 
 RULES = (
@@ -109,7 +105,8 @@ RULES = (
         "names",
         check.other_format,
         _answers(REFUSES, vllm=_V_LOADER, sglang=_S_SHAPE, tensorrt=_T + "copy_weight (shapes)")
-        | _answers(WRONG, sglang_ct=_S_SKIP, transformers=_H_MISSING),
+        | _answers(WRONG, sglang_ct=_S_SKIP, transformers=_H_MISSING)
+        | _answers(REFUSES, hf_modelopt=_H_SHAPE),
     ),
     Rule("names", check.surplus_scales, _answers(REFUSES, vllm=_V_LOADER)),
     Rule(
