@@ -169,3 +169,22 @@ def spread_scales(found: models.Tensors) -> models.Tensors:
     scale = torch.full(found[name].shape, 2.0**-8)
     scale[0, 0] = 448
     return found | {name: scale.to(torch.float8_e4m3fn)}
+
+
+def packed_q(found: models.Tensors) -> models.Tensors:
+    """q in NVFP4 where k and v are MXFP8."""
+    name = f"{L0}.self_attn.q_proj"
+    scale = torch.ones(64, 4).to(torch.float8_e4m3fn)
+    packed = {"weight": torch.zeros(64, 32, dtype=torch.uint8), "weight_scale": scale, "weight_scale_2": torch.ones(())}
+    return found | {f"{name}.{part}": tensor for part, tensor in packed.items()}
+
+
+def stacked_packed(found: models.Tensors) -> models.Tensors:
+    """All experts of a layer in one tensor, as they are while they run."""
+    kept = {name: tensor for name, tensor in found.items() if f"{L0}.mlp.experts." not in name}
+    for leaf, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        path = f"{L0}.mlp.experts.{leaf}"
+        kept[path] = torch.zeros(4, rows, columns // 2, dtype=torch.uint8)
+        kept[f"{path}_weight_scale"] = torch.ones(4, rows, columns // 16).to(torch.float8_e4m3fn)
+        kept[f"{path}_weight_scale_2"] = kept[f"{path}_input_scale"] = torch.ones(4)
+    return {name: tensor.clone() for name, tensor in kept.items()}

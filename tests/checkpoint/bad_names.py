@@ -1,4 +1,4 @@
-"""Checkpoints with wrong names, config keys or ignore lists, as other tools wrote them: part of test_loaders.py's corpus."""
+"""Checkpoints with wrong names, config keys or ignore lists, as other tools wrote them: for test_loaders.py."""
 
 from typing import Any
 
@@ -23,6 +23,7 @@ from .bad_edits import (
     sidecar,
     tensors,
     with_tower,
+    without,
     without_declaration,
 )
 
@@ -167,6 +168,14 @@ BAD_NAMES: dict[str, tuple[str, dict[str, Any], Edit, str, str, dict[str, int]]]
     ),
     "lm_head in high precision, and no list": ("dense", CT, config(ignore=[]), "++-w", "lm_head is in high", {}),
     "a tied lm_head that no list names": ("tied", W4A4, ignoring(), "-++-", "is tied to the embedding", {}),
+    "a tied lm_head that vLLM never builds": (
+        "tied",
+        W4A4,
+        both(ignoring(), in_config(architectures=["Gemma2ForCausalLM"]), without(f"{L0}.mlp.down_proj.weight_scale_2")),
+        "ww--",
+        "is missing",
+        {},
+    ),
     "the same in transformers": ("tied", CT, config(ignore=[]), "++--", "is tied to the embedding", {}),
     "an image encoder that no list names": ("tied", W4A4, with_tower("visual"), "----", "visual.blocks.0", {}),
     "one that vLLM never quantizes": ("tied", W4A4, with_tower("vision_tower"), "+---", "vision_tower.blocks.0", {}),

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from halfbyte import MXFP8
+from halfbyte.policy import FormatOverride
 
 from .bad_edits import (
     CT,
@@ -16,11 +17,14 @@ from .bad_edits import (
     config,
     fp8_blocks,
     ignoring,
+    in_config,
     nan_scales,
+    packed_q,
     sidecar,
     small_scales,
     spread_scales,
     stacked_bf16,
+    stacked_packed,
     tensors,
     times,
     without,
@@ -221,5 +225,22 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], Edit, str, str, dict[str, int]]
         "ww-w",
         "its counterpart is there",
         {},
+    ),
+    "q in another format than k and v": (
+        "tied",
+        W4A4 | {"overrides": (FormatOverride(MXFP8(), kinds=("attention",)),)},
+        tensors(packed_q),
+        "----",
+        "is one layer for engines, but k_proj is MXFP8, q_proj is NVFP4",
+        {},
+    ),
+    "quantized experts stacked": ("moe", W4A4, tensors(stacked_packed), "----", "stacks experts as [4, 64, 64]", {}),
+    "heads that do not split": (
+        "tied",
+        W4A4,
+        in_config(num_attention_heads=3),
+        "----",
+        "3 attention heads do not divide into 2 parts",
+        {"tensor_parallel": 2},
     ),
 }

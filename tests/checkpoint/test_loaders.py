@@ -111,6 +111,15 @@ def test_what_halfbyte_writes(converted: Callable[..., Path], model: str, option
         true(engine not in {name.lower() for name in offered} or outcome == "loads", f"{engine} is offered")
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "offered"), [("llama", {}, False), ("qwen3", {}, True), ("qwen3", CT, False)]
+)
+def test_who_is_offered_mxfp8(family: str, options: dict[str, Any], offered: bool) -> None:
+    """SGLang's Llama drops its scales, and its compressed-tensors has no scheme for it."""
+    commands = serve_commands(Path("out"), Options(format=MXFP8(), **options), {MXFP8}, False, family)
+    equal("SGLang" in commands, offered)
+
+
 @pytest.mark.parametrize("name", list(BAD))
 def test_known_bad(converted: Callable[..., Path], tmp_path: Path, name: str) -> None:
     model, options, edit, wanted, says, parallel = BAD[name]

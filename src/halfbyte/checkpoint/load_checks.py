@@ -214,8 +214,13 @@ def tied_lm_head(case: Case) -> Places:
     """An lm_head that is the embedding, and that nothing keeps from being quantized."""
     config = text_config(case.survey.checkpoint.config)
     tied = config.get("tie_word_embeddings", case.survey.checkpoint.config.get("tie_word_embeddings"))
-    if tied is True and "lm_head" not in case.modules and case.quantized_by_config("lm_head", ("lm_head",)):
+    built = case.engine != "vllm" or not any(name.startswith(NO_LM_HEAD) for name in case.architectures)
+    if tied is True and built and "lm_head" not in case.modules and case.quantized_by_config("lm_head", ("lm_head",)):
         yield "lm_head", "is tied to the embedding, but the ignore list does not name it"
+
+
+NO_LM_HEAD = ("Gemma2", "Gemma3n", "Cohere")
+"""Families for which vLLM builds none: the embedding itself gives the logits."""
 
 
 def mixture_without_nvfp4(case: Case) -> Places:

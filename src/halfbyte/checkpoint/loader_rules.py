@@ -217,7 +217,7 @@ RULES = (
         _answers(
             REFUSES, vllm="layers/quantization/base_config.py: tie_weights; modelopt.py: KNvfp4Static.process (NaN)"
         )
-        | _answers(REFUSES, transformers="compressed-tensors compresses the tied Linear (AttributeError); run"),
+        | _answers(REFUSES, hf_ct="compressed-tensors compresses the tied Linear (AttributeError); run"),
     ),
     Rule(
         "fused layers",
