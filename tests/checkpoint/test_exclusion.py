@@ -175,3 +175,13 @@ MLP, MLA = "m.layers.1.mlp", "m.layers.1.self_attn.kv_b_proj"
 )
 def test_traps(rule: Rule, pattern: str, layer: str, hit: bool) -> None:
     equal(rule(layer, (layer,), [pattern]), hit)
+
+
+def test_mla_of_one_layer_is_excluded_by_its_parent() -> None:
+    """As of a multi-token prediction layer: each projection by name would be excluded everywhere in SGLang."""
+    leaves = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    first, second = ([name(f"m.layers.{layer}.self_attn.{leaf}") for leaf in leaves] for layer in (0, 1))
+    patterns = exclusion_list("modelopt", first, second)
+    equal(patterns, ["lm_head", "m.layers.1.self_attn", "m.layers.1.self_attn.o_proj"])
+    equal(disagreements("modelopt", patterns, first, second), [])
+    equal(disagreements("modelopt", ["lm_head", *(n.module for n in second)], first, second) != [], True)

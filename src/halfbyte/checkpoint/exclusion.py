@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
 
 from ..errors import CheckpointError
@@ -187,11 +187,22 @@ def exclusion_list(layout: Layout, quantized: Iterable[Name], excluded: Iterable
 
     lm_head is named even where it is not on disk: a tied one still is a Linear in the engine.
     """
+    quantized = tuple(quantized)
     patterns = [] if any(name.kind == "lm_head" for name in quantized) else ["lm_head"]
+    mla = layout == "modelopt" and any(name.leaf in _MLA for name in quantized)
+    inside = {parent for name in quantized for parent in _ancestors(name.module)} if mla else set()
     for name in excluded:
         by_experts = name.experts_module if layout == "modelopt" else None
-        patterns.append(by_experts or _compressed_tensors_pattern(name))
+        if mla and name.leaf in _MLA and name.parent not in inside:
+            patterns.append(name.parent)  # by its own name, SGLang would take the projection out of every layer
+        else:
+            patterns.append(by_experts or _compressed_tensors_pattern(name))
     return list(dict.fromkeys(patterns))
+
+
+def _ancestors(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def target_list(layout: Layout, names: Iterable[Name]) -> tuple[str, ...]:
