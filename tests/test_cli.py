@@ -463,7 +463,7 @@ def test_verify_for_engines(tmp_path: Path) -> None:
     equal({engine["engine"]: engine["outcome"] for engine in found["engines"]}["sglang"], "refuses")
     done = cli("verify", out, "--for", "vllm", "--tp", 4)
     equal(done.exit_code, 1, done.output)
-    has(done.stdout, "vllm refuses", "24 each, not a multiple of 16", "source: create_weights")
+    has(done.stdout, "vllm refuses", "24 each, not a multiple of 16", "source: vllm 0.33.0, layers/")
     has(succeeds("verify", out, "--for", "vllm", "--source", source), "every byte is what its source gives")
     for options, message in ((("--for", "tgi"), "no engine tgi"), (("--tp", 2), "together with --for")):
         error = parsed("verify", out, *options, code=2)["error"]

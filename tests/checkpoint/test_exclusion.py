@@ -5,10 +5,13 @@ import pytest
 from halfbyte import names
 from halfbyte.checkpoint.exclusion import (
     RULES,
+    Rule,
     disagreements,
     engine_layer,
     excluded_by_compressed_tensors,
+    excluded_by_sglang_compressed_tensors,
     excluded_by_sglang_modelopt,
+    excluded_by_sglang_mxfp8,
     excluded_by_vllm_modelopt,
     exclusion_list,
 )
@@ -138,3 +141,47 @@ def test_disagreements_are_found(
     parts = [[name(f"m.layers.0.{module}") for module in modules] for modules in (quantized, excluded)]
     found = disagreements("modelopt", patterns, *parts)
     true(any(sentence.startswith(f"m.layers.0.{layer} {what}") for sentence in found), str(found))
+
+
+MLP, MLA = "m.layers.1.mlp", "m.layers.1.self_attn.kv_b_proj"
+
+
+@pytest.mark.parametrize(
+    ("rule", "pattern", "layer", "hit"),
+    [
+        # vLLM asks whether the module of all experts is part of any pattern.
+        (excluded_by_vllm_modelopt, f"{MLP}.experts.3.down_proj", f"{MLP}.experts", True),
+        (excluded_by_vllm_modelopt, f"{MLP}.shared_experts.down_proj", f"{MLP}.experts", False),
+        # SGLang leaves a module's parts out with it, but not its experts.
+        (excluded_by_sglang_modelopt, "m.layers.1", f"{MLP}.down_proj", True),
+        (excluded_by_sglang_modelopt, "m.layers.1", f"{MLP}.experts", False),
+        (excluded_by_sglang_modelopt, "m.layers.1*", f"{MLP}.experts", True),
+        (excluded_by_sglang_modelopt, f"{MLP}.experts.3.down_proj", f"{MLP}.experts", False),
+        (excluded_by_sglang_modelopt, "mtp*", "m.mtp_layers.0.mlp.down_proj", True),
+        (excluded_by_sglang_modelopt, "m.layers.1.mlp", f"language_model.{MLP}.down_proj", True),
+        # An MLA projection that is named in one layer is excluded in all.
+        (excluded_by_sglang_modelopt, "m.layers.7.self_attn.kv_b_proj", MLA, True),
+        (excluded_by_sglang_modelopt, "m.layers.7.mlp.down_proj", f"{MLP}.down_proj", False),
+        # MXFP8 is read by another class: no globs, with or without "model.", and experts as in vLLM.
+        (excluded_by_sglang_mxfp8, "m.layers.1*", f"{MLP}.down_proj", False),
+        (excluded_by_sglang_mxfp8, "layers.1", "model.layers.1.mlp.down_proj", True),
+        (excluded_by_sglang_mxfp8, "model.lm_head", "lm_head", True),
+        (excluded_by_sglang_mxfp8, f"{MLP}.experts.3.down_proj", f"{MLP}.experts", True),
+        # Its compressed-tensors takes the end of a name for the name.
+        (excluded_by_sglang_compressed_tensors, "mlp.down_proj", f"{MLP}.down_proj", True),
+        (excluded_by_sglang_compressed_tensors, "m.layers.1", f"{MLP}.down_proj", False),
+        (excluded_by_compressed_tensors, "mlp.down_proj", f"{MLP}.down_proj", False),
+    ],
+)
+def test_traps(rule: Rule, pattern: str, layer: str, hit: bool) -> None:
+    equal(rule(layer, (layer,), [pattern]), hit)
+
+
+def test_mla_of_one_layer_is_excluded_by_its_parent() -> None:
+    """As of a multi-token prediction layer: each projection by name would be excluded everywhere in SGLang."""
+    leaves = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    first, second = ([name(f"m.layers.{layer}.self_attn.{leaf}") for leaf in leaves] for layer in (0, 1))
+    patterns = exclusion_list("modelopt", first, second)
+    equal(patterns, ["lm_head", "m.layers.1.self_attn", "m.layers.1.self_attn.o_proj"])
+    equal(disagreements("modelopt", patterns, first, second), [])
+    equal(disagreements("modelopt", ["lm_head", *(n.module for n in second)], first, second) != [], True)

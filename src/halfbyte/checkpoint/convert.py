@@ -382,6 +382,7 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
     formats: tuple[Format, ...] = (MXFP8(), NVFP4())
     modules = [(fmt, [i.name for i in plan.quantized if type(i.format) is type(fmt)]) for fmt in formats]
     used = [(fmt, names) for fmt, names in modules if names]
-    if len(used) == 1:
-        return (Group(used[0][0]),)
+    if len(used) == 1:  # engines' lm_head is no Linear: compressed-tensors must name it
+        heads = [n.module for n in used[0][1] if n.kind == "lm_head" and options.layout == "compressed-tensors"]
+        return (Group(used[0][0], ("Linear", *heads)),)
     return tuple(Group(fmt, target_list(options.layout, names)) for fmt, names in used)

@@ -1,15 +1,14 @@
-"""How engines decide that a layer is not quantized: three rules that differ, and names that mean the same in all.
+"""How engines decide that a layer is not quantized: rules that differ, and names that mean the same in all.
 
 Engines ask with the name of *their* layer: the fused one (qkv_proj, gate_up_proj), or the module of all experts.
-Sources: vLLM `ModelOptQuantConfigBase.is_layer_excluded` and `is_layer_skipped`, SGLang
-`ModelOptFp4Config.is_layer_excluded`, compressed-tensors `match_name`, as of 2026.
+Read from vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM of autumn 2026, transformers 5.23.0 and compressed-tensors 0.20.0.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
 
 from ..errors import CheckpointError
@@ -69,19 +68,57 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def excluded_by_vllm_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
-    """Exact for all members, then raw substring, then glob."""
-    if all(member in patterns for member in members):
-        return True
-    return any(p in layer for p in patterns) or any(fnmatch.fnmatchcase(layer, p) for p in patterns)
+    """Exact for the layer or all members, then raw substring, then glob; an expert that is named excludes all of them.
+
+    Source: vLLM's `ModelOptQuantConfigBase.is_layer_excluded` and `is_layer_skipped`.
+    """
+    if "experts" in layer and len(members) < 2:
+        named = any(layer in p for p in patterns if "experts" in p)
+    else:
+        named = layer in patterns or all(member in patterns for member in members)
+    return named or any(p in layer for p in patterns) or any(fnmatch.fnmatchcase(layer, p) for p in patterns)
+
+
+_MLA = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 
 
 def excluded_by_sglang_modelopt(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
-    """A glob over the whole name where it has a `*`, else a dotted part of it; a fused layer by all its members."""
+    """A dotted part of the name, or a glob over all of it or over one part; experts only by the latter.
 
-    def one(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, p) if "*" in p else f".{p}." in f".{name}." for p in patterns)
+    An MLA projection that is named in one layer is excluded in all of them.
+    Source: SGLang's `ModelOptQuantConfig._get_quant_method` and `is_layer_excluded`, `is_layer_skipped`. Where SGLang
+    reads a pattern as a regular expression with `*` for `.*`, this reads a glob.
+    """
+    names = {layer, layer.removeprefix("language_model.")}
+    parts = {part for name in names for part in name.split(".")}
+    if any(fnmatch.fnmatchcase(text, p) for p in patterns for text in names | parts):
+        return True
+    last = layer.rpartition(".")[2]
+    last = "fused_qkv_a_proj_with_mqa" if last == "fused_qkv_a_proj" else last
+    if any((tail := p.rpartition(".")[2]) in _MLA and tail in last for p in patterns):
+        return True
+    return not layer.endswith(".experts") and _skipped_by_sglang(layer, members, patterns)
 
-    return one(layer) or all(one(member) for member in members)
+
+def excluded_by_sglang_mxfp8(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """Dotted parts only, with or without "model." before them; an expert that is named excludes all of them.
+
+    Source: SGLang's `Fp8Config.from_config` and `is_layer_skipped`, which read ModelOpt's MXFP8 too.
+    """
+    bare = [p.removeprefix("model.") for p in patterns]
+    both = [*bare, *(f"model.{p}" for p in bare)]
+    experts = "experts" in layer and len(members) < 2
+    return _skipped_by_sglang(layer, members, both) or (experts and any(layer in p for p in both if "experts" in p))
+
+
+def contains_path(name: str, pattern: str) -> bool:
+    """Whether a pattern is a run of a name's dotted parts. Source: SGLang's `_module_path_match`."""
+    return f".{pattern.rstrip('.')}." in f".{name}."
+
+
+def _skipped_by_sglang(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    names = members if len(members) > 1 else (layer,)
+    return all(any(contains_path(name, p) for p in patterns) for name in names)
 
 
 def excluded_by_compressed_tensors(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
@@ -91,6 +128,18 @@ def excluded_by_compressed_tensors(layer: str, members: tuple[str, ...], pattern
         return any(_regex(p[3:]).match(name) is not None if p.startswith("re:") else p == name for p in patterns)
 
     return one(layer) or all(one(member) for member in members)
+
+
+def excluded_by_sglang_compressed_tensors(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """The same, but a plain pattern may also be the end of a name, from a dot on.
+
+    Source: SGLang's `should_ignore_layer` and `check_equal_or_regex_match` of its compressed-tensors.
+    """
+
+    def one(name: str) -> bool:
+        return any(name.endswith(f".{p}") or excluded_by_compressed_tensors(name, (name,), [p]) for p in patterns)
+
+    return layer in patterns or all(one(member) for member in members)
 
 
 def excluded_by_tensorrt_llm(layer: str, members: tuple[str, ...], patterns: Sequence[str]) -> bool:
@@ -126,7 +175,10 @@ def excluded_by_transformers(layer: str, members: tuple[str, ...], patterns: Seq
 
 RULES: dict[Layout, dict[str, Rule]] = {
     "modelopt": {"vLLM": excluded_by_vllm_modelopt, "SGLang": excluded_by_sglang_modelopt},
-    "compressed-tensors": {"compressed-tensors": excluded_by_compressed_tensors},
+    "compressed-tensors": {
+        "compressed-tensors": excluded_by_compressed_tensors,
+        "SGLang": excluded_by_sglang_compressed_tensors,
+    },
 }
 
 
@@ -135,11 +187,22 @@ def exclusion_list(layout: Layout, quantized: Iterable[Name], excluded: Iterable
 
     lm_head is named even where it is not on disk: a tied one still is a Linear in the engine.
     """
+    quantized = tuple(quantized)
     patterns = [] if any(name.kind == "lm_head" for name in quantized) else ["lm_head"]
+    mla = layout == "modelopt" and any(name.leaf in _MLA for name in quantized)
+    inside = {parent for name in quantized for parent in _ancestors(name.module)} if mla else set()
     for name in excluded:
         by_experts = name.experts_module if layout == "modelopt" else None
-        patterns.append(by_experts or _compressed_tensors_pattern(name))
+        if mla and name.leaf in _MLA and name.parent not in inside:
+            patterns.append(name.parent)  # by its own name, SGLang would take the projection out of every layer
+        else:
+            patterns.append(by_experts or _compressed_tensors_pattern(name))
     return list(dict.fromkeys(patterns))
+
+
+def _ancestors(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def target_list(layout: Layout, names: Iterable[Name]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import names
 from ..errors import CheckpointError
 from . import load_checks as check
+from . import load_values as values
 from .load_case import Case, Declared, declared_for
 from .loaders import Verdict, judge
 from .manifest import FILE as MANIFEST
@@ -253,13 +254,16 @@ def _kept(found: Survey) -> dict[str, tuple[int, int]]:
 
 _SHARED: tuple[tuple[Severity, Callable[[Case], check.Places]], ...] = (
     ("error", check.unknown_tensors),
-    ("error", check.wrong_tensors),
-    ("error", check.bad_scales),
-    ("error", check.experts_incomplete),
-    ("error", check.experts_partly_quantized),
-    ("warning", check.tensor_scales_differ),
-    ("warning", check.mostly_flushed_by_marlin),
-    ("note", check.flushed_by_marlin),
+    ("note", check.other_formats),
+    ("error", check.no_tensor_scale),
+    ("error", check.no_scalars),
+    ("warning", check.rounded_scalars),
+    ("error", values.bad_scales),
+    ("error", values.experts_incomplete),
+    ("error", values.experts_partly_quantized),
+    ("warning", values.tensor_scales_differ),
+    ("warning", values.mostly_flushed_by_marlin),
+    ("note", values.flushed_by_marlin),
 )
 
 

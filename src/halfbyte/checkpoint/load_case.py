@@ -14,9 +14,12 @@ from torch import Tensor
 from ..names import Name
 from .exclusion import Rule as ExclusionRule
 from .exclusion import (
+    contains_path,
     engine_layer,
     excluded_by_compressed_tensors,
+    excluded_by_sglang_compressed_tensors,
     excluded_by_sglang_modelopt,
+    excluded_by_sglang_mxfp8,
     excluded_by_tensorrt_llm,
     excluded_by_transformers,
     excluded_by_vllm_modelopt,
@@ -29,13 +32,14 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 _EXCLUSION: dict[tuple[Engine, str], ExclusionRule] = {
     ("vllm", "modelopt"): excluded_by_vllm_modelopt,
     ("sglang", "modelopt"): excluded_by_sglang_modelopt,
-    ("sglang", "mxfp8"): excluded_by_sglang_modelopt,
+    ("sglang", "mxfp8"): excluded_by_sglang_mxfp8,
+    ("sglang", "compressed-tensors"): excluded_by_sglang_compressed_tensors,
     ("tensorrt-llm", "modelopt"): excluded_by_tensorrt_llm,
     ("tensorrt-llm", "compressed-tensors"): excluded_by_tensorrt_llm,
     ("tensorrt-llm", "mxfp8"): excluded_by_tensorrt_llm,
     ("transformers", "mxfp8"): excluded_by_transformers,
 }
-_VLLM_NEVER = ("vision_tower", "vision_model", "visual")  # ModelOptQuantConfigBase.get_quant_method
+_VLLM_NEVER = ("vision_tower", "vision_model", "vit_large_projector")  # ModelOptQuantConfigBase.get_quant_method
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,43 @@ class Case:
                 groups[weight.name.fused].append(weight)
         return {layer: members for layer, members in groups.items() if len(members) > 1}
 
+    @property
+    def reader(self) -> str:
+        """Which of the engine's readers takes the config; SGLang reads ModelOpt's MXFP8 as quant_method "mxfp8"."""
+        if self.engine == "sglang" and self.declared.scheme == "modelopt MXFP8":
+            return "mxfp8"
+        return self.declared.method
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the config declares several formats."""
+        return "MIXED" in self.declared.scheme.upper()
+
+    @property
+    def expects_mxfp8(self) -> bool:
+        """Whether the config declares MXFP8 alone."""
+        return "MXFP8" in self.declared.scheme.upper()
+
+    @property
+    def architectures(self) -> frozenset[str]:
+        """The classes that the model's config names."""
+        found = self.survey.checkpoint.config.get("architectures")
+        return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
+
     def layer(self, name: Name) -> tuple[str, tuple[str, ...]]:
-        """The engine's layer, and what it is made of; transformers fuses nothing but experts."""
+        """The engine's layer, and what it is made of; transformers fuses nothing but experts.
+
+        Of ModelOpt's experts engines ask once for all, of compressed-tensors' with the names of expert 0.
+        """
         if self.engine == "transformers":
             return name.module, (name.module,)
         experts = name.experts_module
-        if experts is not None and self.declared.method == "modelopt" and name.module not in self._ignored:
-            return experts, (experts,)  # asked for once, not for each of thousands of experts
+        if experts is not None and self.declared.method != "compressed-tensors":
+            return experts, (experts,)
+        if experts is not None and self.engine != "tensorrt-llm":
+            first = f"{experts}.0.{name.leaf}"
+            return first, (first,)
         return engine_layer(name, self.modules)
-
-    @cached_property
-    def _ignored(self) -> frozenset[str]:
-        return frozenset(self.declared.ignore)
 
     def quantized_by_config(self, layer: str, members: tuple[str, ...]) -> bool:
         """Whether the engine expects this layer quantized."""
@@ -97,10 +126,27 @@ class Case:
         never = _VLLM_NEVER if (self.engine, declared.method) == ("vllm", "modelopt") else ()
         if self._rule(layer, members, declared.ignore) or any(part in layer for part in never):
             return False
+        if layer.rpartition(".")[2] == "lm_head" and self._lm_head_by_name:
+            return any(excluded_by_compressed_tensors(layer, members, [t]) for t in declared.targets or ())
         if declared.targets is None or "Linear" in declared.targets:
             return True
         inside = any(target.startswith(f"{layer}.") for target in declared.targets)
         return inside or excluded_by_compressed_tensors(layer, members, declared.targets)
+
+    @property
+    def _lm_head_by_name(self) -> bool:
+        """vLLM's and SGLang's lm_head is no "Linear": a target must name it. SGLang's Fp8Config never quantizes it."""
+        named = self.declared.method == "compressed-tensors" and self.engine in ("vllm", "sglang")
+        return named or (self.engine == "sglang" and self.reader == "mxfp8")
+
+    def named_parts(self, members: tuple[str, ...]) -> tuple[str, ...]:
+        """Members of a fused layer that the ignore list names, as engines find out whether it names all or none."""
+        ignore = self.declared.ignore
+        if self.engine == "sglang" and self.declared.method != "compressed-tensors":
+            return tuple(m for m in members if any(contains_path(m, pattern) for pattern in ignore))
+        if self.declared.method == "compressed-tensors":
+            return tuple(m for m in members if self._rule(m, (m,), ignore))
+        return tuple(m for m in members if m in ignore)
 
     def culprit(self, layer: str, members: tuple[str, ...]) -> str:
         """Why a layer is not quantized for the engine."""
@@ -115,7 +161,7 @@ class Case:
 
     @property
     def _rule(self) -> ExclusionRule:
-        return _EXCLUSION.get((self.engine, self.declared.method), excluded_by_compressed_tensors)
+        return _EXCLUSION.get((self.engine, self.reader), excluded_by_compressed_tensors)
 
 
 def declared_for(survey: Survey, engine: Engine) -> Declared | None:

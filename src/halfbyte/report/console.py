@@ -134,7 +134,7 @@ def _source_sentences(report: Report) -> Iterator[str]:
 def _serve(report: Report) -> dict[str, str]:
     has_experts = any(".experts." in weight.name for weight in report.weights)
     formats = {type(weight.format) for weight in report.weights}
-    commands = serve_commands(report.output, report.options, formats, has_experts)
+    commands = serve_commands(report.output, report.options, formats, has_experts, report.model_type)
     if report.model_type == "gpt_oss":  # engines read its experts stacked, with their biases, in MXFP4 or bfloat16
         return {engine: command for engine, command in commands.items() if engine == "halfbyte"}
     return commands
