@@ -328,14 +328,17 @@ def test_the_order_of_an_engine() -> None:
         equal(engine.calls[-2:], ["abort_update", "resume"], step)
 
 
-def test_writing_that_fails_serves_nothing() -> None:
+def test_writing_that_fails_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both()
-    write = both.receiver._write[1]
-    write.copies.append(([torch.ones(1)], [torch.ones(2)]))
+
+    def fail() -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(both.receiver._write[1], "copy", fail)
     for error in both.sync(2):
         true(isinstance(error, SyncError) and "the model must not serve until a full sync" in str(error), repr(error))
     equal(both.receiver.version, None)
-    write.copies.pop()
+    monkeypatch.undo()
     equal(both.sync(2), [None, 2], "a full sync")
     both.serves(2)
 
