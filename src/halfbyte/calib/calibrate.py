@@ -106,7 +106,7 @@ def model_windows(source: Path, data: Path | None, samples: int, sequence_length
         raise UnsupportedError("calibration needs transformers: pip install 'halfbyte[hf]'") from error
     config = text_config(Checkpoint(source).config)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{source}: no tokenizer that transformers can load ({error})") from error
     return load_windows(data, tokenizer, int(config.get("vocab_size", 1 << 62)), samples, sequence_length)

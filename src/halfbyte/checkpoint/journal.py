@@ -158,7 +158,7 @@ def said(work: Path) -> Iterator[None]:
         what = str(error)
         if isinstance(error, OSError):
             what = f"{error.filename or work}: {error.strerror or error}"
-        raise CheckpointError(f"{what}; {kept(work)}") from error
+        raise CheckpointError(f"{what}; {kept(work)}" if work.is_dir() else what) from error
 
 
 def comes_again(error: BaseException) -> bool:

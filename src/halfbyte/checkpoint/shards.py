@@ -290,7 +290,7 @@ class ShardWriter:
             os.ftruncate(self._file, size)
             write_all(self._file, header)
         except BaseException:
-            self._close()
+            self.abort()
             raise
 
     def __enter__(self) -> Self:
