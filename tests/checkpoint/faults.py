@@ -158,6 +158,7 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
             convert.Options(kv_cache="fp8"),
             max_shard_bytes=order["max_shard_bytes"],
             resume=order.get("resume", False),
+            requantize=order.get("requantize", False),
             ranks=meet(order) if "rank" in order else None,
         )
     except CheckpointError as error:

@@ -19,6 +19,7 @@ from halfbyte.checkpoint.ranks import divide
 
 from ..check import equal, true
 from . import models
+from .encoded import SOURCES
 from .faults import Faults
 from .test_faults import Files, files
 
@@ -129,6 +130,28 @@ def test_one_large_shard(place: Place) -> None:
     equal(files(place.output), wanted)
     true("model.safetensors" in wanted, str(list(wanted)))
     shutil.rmtree(place.output)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek", "ModelOpt FP8", "MXFP8 of SGLang", "gpt-oss", "ModelOpt NVFP4"])
+def test_encoded_sources(place: Place, tmp_path: Path, name: str) -> None:
+    """Each rank reads the scales of its own weights; a rank that dies costs no more than elsewhere."""
+    source = SOURCES[name]().model.save(tmp_path / "source", 2)
+    order = {"source": str(source), "max_shard_bytes": 30_000, "requantize": True}
+    run = lambda ranks, out, **more: place.run(ranks, output=str(tmp_path / out), **order, **more)  # noqa: E731
+    for ranks, out in ((1, "one"), (2, "two")):
+        equal([child["status"] for child in run(ranks, out)], [0] * ranks)
+    wanted = files(tmp_path / "one")
+    true(len([file for file in wanted if file.endswith(".safetensors")]) > 1, "several shards")
+    equal(differing(tmp_path / "two", wanted), [])
+    done = run(2, "died", faulty=1, fault="kill", at=8)
+    equal([child["status"] for child in done], [2 << 8, int(signal.SIGKILL)], str(done))
+    equal([child["status"] for child in run(2, "died", resume=True)], [0, 0])
+    equal(differing(tmp_path / "died", wanted), [])
+
+
+def differing(directory: Path, wanted: Files) -> list[str]:
+    found = files(directory)
+    return sorted(file for file in found.keys() | wanted.keys() if found.get(file) != wanted.get(file))
 
 
 def killed(place: Place, ranks: int, faulty: int, **order: Any) -> None:
