@@ -88,6 +88,9 @@ def test_the_disk_fails(place: Place, fault: str) -> None:
     count = len(place.calls)
     for at in (3, count // 8, count // 2):
         failed(place, fault, at)
+    spilled = place.calls.index("mkdir", 1) + 2  # after it is made, a file in it is opened
+    equal(place.calls[spilled], "pwrite")
+    failed(place, fault, spilled)
     failed(place, fault, count // 8, for_good=True)
     equal(place.run(fault="short")["status"], 0)
     equal(files(place.output), place.wanted)
@@ -129,6 +132,17 @@ def test_what_cannot_be_resumed(place: Place) -> None:
     place.check_resumes("refusals")
 
 
+def test_a_source_that_was_touched(place: Place) -> None:
+    """Layers go by what is in their weights; a conversion that had begun goes by size and time, like any other."""
+    killed(place, "kill", place.calls.index("mkdir", 12))  # the conversion's directory is about to be made
+    equal((len(layers(place)), (place.work / "conversion").exists()), (2, False), "both layers, and no conversion yet")
+    os.utime(Path(place.order["source"]) / "model.safetensors")
+    done = place.run(resume=True)
+    equal(done["status"], 0, str(done))
+    equal(files(place.output), place.wanted)
+    place.clear()
+
+
 def test_a_damaged_layer_is_done_again(place: Place) -> None:
     killed(place, "kill", place.calls.index("rename"))  # all layers and shards are done, and the config
     path = place.work / layers(place)[0].replace(".json", ".safetensors")
@@ -157,7 +171,7 @@ def test_ranks_die(place: Place) -> None:
         place.clear()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_signals(tmp_path: Path, name: str) -> None:
     """The command ends with the number that a shell expects, and says how to go on."""
     arguments = ["calibrate", TINY, str(tmp_path / "out"), "--samples", "8", "--sequence-length", "32"]
