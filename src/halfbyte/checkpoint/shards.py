@@ -103,6 +103,8 @@ class Checkpoint:
         self.directory = directory
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
+        check_inside(directory, "config.json")
+        check_inside(directory, INDEX)
         self.config = read_json(directory / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] | None = None

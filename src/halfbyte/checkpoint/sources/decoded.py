@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...ops import blocks
 from ..config import without_quantization
-from ..files import read_json
+from ..files import check_inside, read_json
 from ..plan import text_config
 from ..shards import DTYPES, Checkpoint, Fetched, Index, TensorInfo
 from .declared import HF_QUANT_CONFIG, Declared, read_declared
@@ -34,6 +34,8 @@ def open_source(directory: Path, *, requantize: bool = False) -> Checkpoint:
     """
     if not (directory / "config.json").is_file():
         return Checkpoint(directory)  # which says what is wrong
+    check_inside(directory, "config.json")
+    check_inside(directory, HF_QUANT_CONFIG)
     declared = read_declared(directory, read_json(directory / "config.json"))
     if declared is None:
         return Checkpoint(directory)
