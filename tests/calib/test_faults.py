@@ -171,18 +171,50 @@ def test_ranks_die(place: Place) -> None:
         place.clear()
 
 
+SMALL = ("--samples", "8", "--sequence-length", "32", "--device", "cpu")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]), "OMP_NUM_THREADS": "1"}
+
+
+def started(work: Path, *command: object) -> subprocess.Popen[str]:
+    """A command that has finished a layer by now."""
+    arguments = [sys.executable, "-m", *map(str, command)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and not (work / "layer-00000.json").exists():
+        time.sleep(0.02)
+    return process
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_signals(tmp_path: Path, name: str) -> None:
     """The command ends with the number that a shell expects, and says how to go on."""
-    arguments = ["calibrate", TINY, str(tmp_path / "out"), "--samples", "8", "--sequence-length", "32"]
-    command = [sys.executable, "-m", "halfbyte", *arguments, "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and not (tmp_path / "out.partial" / "layer-00000.json").exists():
-        time.sleep(0.02)
+    work = tmp_path / "out.partial"
+    process = started(work, "halfbyte", "calibrate", TINY, tmp_path / "out", *SMALL)
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[1]
     equal(process.returncode, 128 + getattr(signal, name), said)
-    true(f"what is finished is kept in {tmp_path / 'out.partial'}. Go on with: halfbyte calibrate" in said, said)
-    kept = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+    true(f"what is finished is kept in {work}. Go on with: halfbyte calibrate" in said, said)
+    kept = sorted(path.name for path in work.iterdir())
     true("layer-00000.json" in kept and not any(name.startswith("spilled") for name in kept), str(kept))
+
+
+@pytest.mark.slow
+def test_torchrun_loses_a_rank(tmp_path: Path) -> None:
+    """The command: of two ranks one dies; three go on, to the bytes of one."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+    calibrate = ("-m", "halfbyte", "calibrate", TINY, tmp_path / "out", *SMALL)
+    process = started(tmp_path / "out.partial", *launcher, 2, *calibrate)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1]
+    true(process.returncode != 0 and "go on with --resume" in said, said)
+    true((tmp_path / "out.partial" / "layer-00000.json").exists() and not (tmp_path / "out").exists(), "not kept")
+    commands = {
+        "out": (*launcher, 3, *calibrate, "--resume"),
+        "one": ("halfbyte", "calibrate", TINY, tmp_path / "one", *SMALL),
+    }
+    for command in commands.values():
+        arguments = [sys.executable, "-m", *map(str, command)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
+        equal(done.returncode, 0, done.stderr)
+    equal(sorted(path.name for path in tmp_path.iterdir()), ["one", "out"])
+    true(files(tmp_path / "out") == files(tmp_path / "one"), "other bytes")
