@@ -52,7 +52,8 @@ KV_DIVISOR = 448.0
 def working(directory: Path, *, resume: bool) -> Iterator[None]:
     """A calibration's directory, made or taken up, and locked while this is entered.
 
-    Leaving it with an error keeps it, unless the error would come again and no layer is done.
+    Leaving it with an error keeps it, unless there is nothing in it yet, or the error would come again and no layer is
+    done.
 
     Raises:
         CheckpointError: another process works there; it is there but resume is False; or it is something else.
@@ -63,7 +64,7 @@ def working(directory: Path, *, resume: bool) -> Iterator[None]:
             shutil.rmtree(path)
         yield
     except BaseException as error:
-        if comes_again(error) and not _layers(directory):
+        if not is_interrupted(directory) or (comes_again(error) and not _layers(directory)):
             remove_directory(directory)
         raise
     finally:
