@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.checkpoint.ranks import divide
+from halfbyte.checkpoint.ranks import Ranks, divide, share_cores
 
 from ..check import equal, true
 from . import models
@@ -56,6 +56,19 @@ def test_shares_are_even() -> None:
             for cost, owner in zip(shards[file], ranks, strict=True):
                 loads[owner] += cost
         true(max(loads) - min(loads) <= 100, f"{loads}")
+
+
+@pytest.mark.parametrize(("rank", "before", "after"), [(0, 1, 4), (2, 1, 8), (0, 2, 2)])
+def test_ranks_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch, rank: int, before: int, after: int
+) -> None:
+    """Of eight; unless somebody chose a number of threads."""
+    threads = [before]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    share_cores(Ranks(rank, ("a", "a", "b")))
+    equal(threads[-1], after)
 
 
 @dataclass(frozen=True)
