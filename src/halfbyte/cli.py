@@ -100,7 +100,7 @@ def convert(
     """
     from .checkpoint.convert import convert as run
     from .checkpoint.hub import resolve
-    from .checkpoint.journal import working_directory
+    from .checkpoint.journal import is_interrupted, working_directory
     from .checkpoint.plan import make_plan
     from .checkpoint.ranks import Ranks, join, part, share_cores
     from .checkpoint.sources import open_source
@@ -143,7 +143,7 @@ def convert(
                 "scale clip activations beyond 2688 and flush small ones"
             )
         with (
-            resumable(working_directory(out_dir), first),
+            resumable(working_directory(out_dir), is_interrupted, first),
             progress("convert", checkpoint.nbytes, first) as advance,
         ):
             report = run(

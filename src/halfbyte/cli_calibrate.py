@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from .checkpoint.schema import Layout
-from .cli_tools import Device, Json, emit, errors, usable_device, warn
+from .cli_tools import Device, Json, emit, errors, resumable, usable_device, warn
 from .errors import FormatError
 
 
@@ -45,7 +45,10 @@ def calibrate(
     from .calib.calibrate import calibrate as run
     from .calib.calibrate import model_windows
     from .calib.options import Calibration
+    from .calib.ranks import Ranks
+    from .calib.store import is_interrupted
     from .checkpoint.hub import resolve
+    from .checkpoint.journal import working_directory
     from .checkpoint.ranks import join, part
     from .recipe import load_recipe
     from .report.calibration import print_calibration, summary_json, watched
@@ -67,9 +70,11 @@ def calibrate(
             spill=int(spill_gb * 1e9),
         )
         where, rank = join(usable_device(device))
+        ranks = Ranks.current()
+    with errors(as_json, ranks.job):
         source = resolve(model)
         windows = model_windows(source, data, samples, sequence_length)
-        with watched(rank == 0) as show:
+        with resumable(working_directory(out_dir), is_interrupted, rank == 0), watched(rank == 0) as show:
             report, summary = run(
                 source,
                 out_dir,
@@ -79,6 +84,7 @@ def calibrate(
                 device=where,
                 resume=resume,
                 max_shard_bytes=int(max_shard_gb * 1e9),
+                ranks=ranks,
                 progress=show,
             )
         part()

@@ -90,9 +90,9 @@ class _Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def resumable(work: Path, speaks: bool = True) -> Iterator[None]:
+def resumable(work: Path, is_interrupted: Callable[[Path], bool], speaks: bool = True) -> Iterator[None]:
     """Whatever stops the command, Ctrl-C and SIGTERM included, ends with how to go on, if that is possible."""
-    from .checkpoint.journal import comes_again, is_interrupted
+    from .checkpoint.journal import comes_again
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)

@@ -57,8 +57,12 @@ def load_float32(path: Path, activations: Activations = "stored") -> Any:
         return load(path, dtype=torch.float32, activations=activations)
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
+    model: Any = AutoModelForCausalLM
+    try:
+        loaded = model.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    return loaded.eval()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     from transformers import AutoTokenizer
 
     path, text = Path(arguments[0]), Path(arguments[1]).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     batches = windows(tokenizer, text, int(arguments[2]) if len(arguments) > 2 else 16)
     activations = cast("Activations", arguments[3]) if len(arguments) > 3 else "stored"
     print(f"{len(batches)} windows, perplexity {perplexity(load_float32(path, activations), batches):.4f}")

@@ -73,12 +73,14 @@ def load(
     except ImportError as error:
         raise UnsupportedError("loading a model needs transformers: pip install 'halfbyte[hf]'") from error
     contents = open_quantized(Path(path))
-    config = AutoConfig.from_pretrained(path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # else it asks, and waits
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
         state = stack_experts(_decoded(contents, dtype), set(skeleton.state_dict()))
         model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

@@ -190,6 +190,18 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     equal(files(tmp_path / "out"), files(tmp_path / "whole"))
 
 
+def test_interrupted_before_there_is_anything(tmp_path: Path) -> None:
+    source = models.dense().save(tmp_path / "source")
+
+    def stop(text: str, share: float) -> None:
+        equal(text, "building the model")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, tmp_path / "out", Options(format=SEARCH), Calibration(), windows(), progress=stop)
+    equal([path.name for path in tmp_path.iterdir()], ["source"])
+
+
 def test_a_changed_source_is_not_resumed(tmp_path: Path) -> None:
     source = models.dense().save(tmp_path / "source")
 

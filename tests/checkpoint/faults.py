@@ -12,7 +12,8 @@ The system calls that change a disk are counted; `at` says at which of them what
     short       every write writes a part only
     zero        every write writes nothing
 With "ranks", as many processes carry one conversion out, and what goes wrong does so on the one named "faulty"; it may
-also be an error ("error") at the tensor that "raises" begins the name of.
+also be an error ("error") at the tensor that "raises" begins the name of. With "calibrate", the size of a vocabulary,
+it is a calibration, by the random tokens numbered "data".
 """
 
 import errno
@@ -136,6 +137,8 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
         return 0
     from halfbyte import CheckpointError
 
+    if "calibrate" in order:
+        return calibrate(order)
     if "quantize_seconds" in order:
         original = convert.quantize_groups
         convert.quantize_groups = lambda *a: (time.sleep(order["quantize_seconds"]), original(*a))[1]
@@ -155,7 +158,36 @@ def run(convert: Any, cli: Any, order: dict[str, Any]) -> int:
             convert.Options(kv_cache="fp8"),
             max_shard_bytes=order["max_shard_bytes"],
             resume=order.get("resume", False),
+            requantize=order.get("requantize", False),
             ranks=meet(order) if "rank" in order else None,
+        )
+    except CheckpointError as error:
+        print(error, flush=True)
+        return 2
+    return 0
+
+
+def calibrate(order: dict[str, Any]) -> int:
+    """With windows of random tokens."""
+    import torch
+
+    from halfbyte import NVFP4, CheckpointError, calib
+    from halfbyte.calib.calibrate import calibrate as run_calibration
+    from halfbyte.calib.data import Windows
+    from halfbyte.checkpoint.options import Options
+
+    ids = torch.randint(order["calibrate"], (8, 16), generator=torch.Generator().manual_seed(order.get("data", 0)))
+    try:
+        run_calibration(
+            Path(order["source"]),
+            Path(order["output"]),
+            Options(format=NVFP4(scale_rule="search"), activations="calibrated", kv_cache="fp8_calibrated"),
+            calib.options.Calibration(spill=0),
+            Windows(ids, "random"),
+            max_shard_bytes=order["max_shard_bytes"],
+            resume=order.get("resume", False),
+            ranks=calib.ranks.Ranks(order["rank"], order["ranks"], meet(order)) if "rank" in order else None,
+            progress=lambda text, share: time.sleep(order.get("layer_seconds", 0)),
         )
     except CheckpointError as error:
         print(error, flush=True)

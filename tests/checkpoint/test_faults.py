@@ -162,6 +162,12 @@ def test_the_disk_fails(place: Place, fault: str) -> None:
     for at in (1, count // 3, count - 5):
         failed(place, fault, at)
     failed(place, fault, count // 2, for_good=True)
+    header = place.calls.index("ftruncate", count // 2) + 1
+    equal(place.run(fault=fault, at=header)["status"], 2 << 8)
+    equal([path.name for path in place.work.rglob("*.tmp")], [], "what takes room where there is none")
+    place.check_resumes(f"{fault} at a header")
+    done = place.run(fault=fault, at=place.calls.index("mkdir"))
+    true("is kept" not in done["result"] and not place.work.exists(), f"nothing is kept: {done}")
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from halfbyte import MXFP8, NVFP4
+from halfbyte.checkpoint import convert as conversion
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.formats import Format
@@ -28,6 +30,28 @@ def test_the_bytes_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     for device in ("cpu", "cuda"):
         convert(source, tmp_path / device, Options(format=fmt), device=device, max_shard_bytes=12_000)
     equal(files(tmp_path / "cuda"), files(tmp_path / "cpu"))
+
+
+def test_begun_on_one_and_finished_on_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.moe(layers=4).save(tmp_path / "source", 3)
+    convert(source, tmp_path / "wanted", Options(), max_shard_bytes=12_000)
+    publish, calls = conversion.publish, []
+
+    def stop(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        publish(*arguments)
+
+    for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+        monkeypatch.setattr(conversion, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / second, Options(), device=first, max_shard_bytes=12_000)
+        monkeypatch.undo()
+        calls.clear()
+        report = convert(source, tmp_path / second, Options(), device=second, max_shard_bytes=12_000, resume=True)
+        true(0 < report.resumed_shards < report.shards, f"{report.resumed_shards} of {report.shards}")
+        equal(files(tmp_path / second), files(tmp_path / "wanted"))
 
 
 def test_two_groups_on_the_gpu(tmp_path: Path) -> None:

@@ -182,6 +182,13 @@ def test_headers(tmp_path: Path, case: str) -> None:
     refused(tmp_path, source, WEIGHTS)
 
 
+@pytest.mark.parametrize("name", [b"n\xff.safetensors", b"n\x1b[2J.safetensors"])
+def test_a_name_of_the_only_file(tmp_path: Path, name: bytes) -> None:
+    source = models.dense(layers=1).save(tmp_path / "source")
+    os.rename(os.fsencode(source / WEIGHTS), os.path.join(os.fsencode(source), name))
+    refused(tmp_path, source, str(source), "cannot be printed")
+
+
 def test_many_tensors_of_nothing(tmp_path: Path) -> None:
     """A header that is all names costs memory in proportion to itself, and no more."""
     source = models.dense(layers=1).save(tmp_path / "source")
@@ -224,6 +231,16 @@ def fifo(name: str) -> Spoil:
     return lambda source: ((source / name).unlink(missing_ok=True), os.mkfifo(source / name))
 
 
+def named(name: bytes) -> Spoil:
+    """A file beside the weights."""
+
+    def spoil(source: Path) -> None:
+        with open(os.path.join(os.fsencode(source), name), "w"):
+            pass
+
+    return spoil
+
+
 def large(name: str) -> Spoil:
     return lambda source: os.truncate(source / name, 3_000_000_000)
 
@@ -262,6 +279,10 @@ FILES: dict[str, tuple[Spoil, str]] = {
     "shard a pipe": (fifo(SHARD), SHARD),
     "shard a device": (link(SHARD, "/dev/zero"), SHARD),
     "shard a link to itself": (link(SHARD, SHARD), SHARD),
+    "index a link to itself": (link(INDEX, INDEX), "safetensors files but no"),
+    "config a link to itself": (link("config.json", "config.json"), "config.json"),
+    "a file name that is not Unicode": (named(b"n\xff.txt"), "'n\\udcff.txt' cannot be printed"),
+    "a file name with an escape code": (named(b"a\x1b[2J.txt"), "'a\\x1b[2J.txt' cannot be printed"),
     "shard a link to nothing": (link(SHARD, "nothing"), SHARD),
     "shard a link outside": (link(SHARD, "{root}/elsewhere/secret.safetensors"), SHARD),
     "shard a link upwards": (link(SHARD, "../elsewhere/secret.safetensors"), SHARD),
@@ -304,6 +325,19 @@ def test_the_hub_cache_is_all_links(tmp_path: Path) -> None:
         (cache / "snapshots" / "main" / path.name).symlink_to(f"../../blobs/{i}")
     convert(cache / "snapshots" / "main", tmp_path / "out", Options())
     equal(list(verify_source(tmp_path / "out", cache / "snapshots" / "main")), [])
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", INDEX, "notes.txt"])
+def test_a_link_to_another_model_in_the_cache(tmp_path: Path, name: str) -> None:
+    """Or to any JSON, such as somebody's credentials, that would be written into the output's config."""
+    source = models.dense(layers=1).save(tmp_path / "models--a--b" / "snapshots" / "main", 3)
+    blobs = tmp_path / "models--c--d" / "blobs"
+    blobs.mkdir(parents=True)
+    private = (source / name).read_text() if (source / name).exists() else "{}"
+    (blobs / "0").write_text(private)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(blobs / "0")
+    refused_by_convert(tmp_path, source, f"{name}: is a link out of the directory")
 
 
 # --- the config -------------------------------------------------------------------------------------------------------

@@ -1,17 +1,24 @@
 """What is not the source's fault costs none of the work that is done; what a few bytes claim is not believed."""
 
+import errno
+import fcntl
+import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from halfbyte import CheckpointError, Policy
 from halfbyte.checkpoint import convert as conversion
-from halfbyte.checkpoint import shards
+from halfbyte.checkpoint import manifest, shards
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.files import remove_directory
 from halfbyte.checkpoint.options import Options
@@ -105,5 +112,78 @@ def test_removing_what_others_remove_too(tmp_path: Path, monkeypatch: pytest.Mon
     equal((directory.exists(), failures), (False, []))
 
 
-def _raise(error: OSError) -> None:
+def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], Any]) -> Callable[..., Any]:
+    """A conversion that has finished shards by the time it reads for the at-th time, when something is done first."""
+    source = models.moe().save(tmp_path / "source", 3)
+    run = lambda out, **more: convert(source, tmp_path / out, Options(), max_shard_bytes=4_000, **more)  # noqa: E731
+    run("wanted")
+    preadv, calls = os.preadv, []
+
+    def read(*arguments: Any) -> int:
+        calls.append(1)
+        if len(calls) == at:
+            wait_until(lambda: len(list((tmp_path / "out.partial" / "model").glob("*.safetensors"))) > 1)
+            act()
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+    return run
+
+
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = interrupted(tmp_path, monkeypatch, 30, lambda: _raise(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(CheckpointError, match=r"source/model-0000.*tensor .*Input/output error.*go on with --resume"):
+        run("out")
+    monkeypatch.undo()
+    true(run("out", resume=True).resumed_shards > 0, "nothing was kept")
+    equal(files(tmp_path / "out"), files(tmp_path / "wanted"))
+
+
+def test_a_source_that_is_replaced_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another of the same size; there is no output of both."""
+    other = models.moe().plus({"lm_head.weight": torch.zeros(models.VOCAB, models.HIDDEN).bfloat16()})
+    file = "model-00001-of-00003.safetensors"
+
+    def replace() -> None:
+        os.replace(other.save(tmp_path / "other", 3) / file, tmp_path / "source" / file)
+
+    run = interrupted(tmp_path, monkeypatch, 30, replace)
+    with pytest.raises(
+        CheckpointError, match=rf"was changed while it was converted: {file}\.modified was .*begin again"
+    ):
+        run("out")
+    equal(sorted(path.name for path in tmp_path.iterdir()), ["other", "source", "wanted"])
+
+
+def test_another_version_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = interrupted(tmp_path, monkeypatch, 30, lambda: _raise(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run("out")
+    monkeypatch.undo()
+    monkeypatch.setattr(manifest, "__version__", "9.9")
+    with pytest.raises(
+        CheckpointError, match=r"cannot be resumed: halfbyte_version was '.*', now is '9\.9'; remove it"
+    ):
+        run("out", resume=True)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that the lock file names decides; one on another machine may be alive."""
+    run = interrupted(tmp_path, monkeypatch, 30, lambda: _raise(KeyboardInterrupt()))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: _raise(OSError(errno.ENOLCK, "no locks")))
+    with pytest.raises(KeyboardInterrupt):
+        run("out")
+    lock, here = tmp_path / "out.partial" / "lock", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid, host in ((os.getpid(), here), (dead.pid, "elsewhere")):
+        lock.write_text(json.dumps({"pid": pid, "host": host}))
+        with pytest.raises(CheckpointError, match=rf"process {pid} on {host} is writing here, or died.*remove .*/lock"):
+            run("out", resume=True)
+    lock.write_text(json.dumps({"pid": dead.pid, "host": here}))
+    true(run("out", resume=True).resumed_shards > 0, "nothing was kept")
+    equal(files(tmp_path / "out"), files(tmp_path / "wanted"))

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from halfbyte.checkpoint.ranks import divide
+from halfbyte.checkpoint.ranks import Ranks, divide, share_cores
 
 from ..check import equal, true
 from . import models
+from .encoded import SOURCES
 from .faults import Faults
 from .test_faults import Files, files
 
@@ -55,6 +56,19 @@ def test_shares_are_even() -> None:
             for cost, owner in zip(shards[file], ranks, strict=True):
                 loads[owner] += cost
         true(max(loads) - min(loads) <= 100, f"{loads}")
+
+
+@pytest.mark.parametrize(("rank", "before", "after"), [(0, 1, 4), (2, 1, 8), (0, 2, 2)])
+def test_ranks_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch, rank: int, before: int, after: int
+) -> None:
+    """Of eight; unless somebody chose a number of threads."""
+    threads = [before]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    share_cores(Ranks(rank, ("a", "a", "b")))
+    equal(threads[-1], after)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,28 @@ def test_one_large_shard(place: Place) -> None:
     equal(files(place.output), wanted)
     true("model.safetensors" in wanted, str(list(wanted)))
     shutil.rmtree(place.output)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek", "ModelOpt FP8", "MXFP8 of SGLang", "gpt-oss", "ModelOpt NVFP4"])
+def test_encoded_sources(place: Place, tmp_path: Path, name: str) -> None:
+    """Each rank reads the scales of its own weights; a rank that dies costs no more than elsewhere."""
+    source = SOURCES[name]().model.save(tmp_path / "source", 2)
+    order = {"source": str(source), "max_shard_bytes": 30_000, "requantize": True}
+    run = lambda ranks, out, **more: place.run(ranks, output=str(tmp_path / out), **order, **more)  # noqa: E731
+    for ranks, out in ((1, "one"), (2, "two")):
+        equal([child["status"] for child in run(ranks, out)], [0] * ranks)
+    wanted = files(tmp_path / "one")
+    true(len([file for file in wanted if file.endswith(".safetensors")]) > 1, "several shards")
+    equal(differing(tmp_path / "two", wanted), [])
+    done = run(2, "died", faulty=1, fault="kill", at=8)
+    equal([child["status"] for child in done], [2 << 8, int(signal.SIGKILL)], str(done))
+    equal([child["status"] for child in run(2, "died", resume=True)], [0, 0])
+    equal(differing(tmp_path / "died", wanted), [])
+
+
+def differing(directory: Path, wanted: Files) -> list[str]:
+    found = files(directory)
+    return sorted(file for file in found.keys() | wanted.keys() if found.get(file) != wanted.get(file))
 
 
 def killed(place: Place, ranks: int, faulty: int, **order: Any) -> None:

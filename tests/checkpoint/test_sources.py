@@ -83,6 +83,28 @@ def test_converts_as_what_it_decodes_to(tmp_path: Path, name: str) -> None:
     equal(findings(tmp_path / "out", directory), [])
 
 
+def test_what_alternates_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of gpt-oss's gate and up: one read, into pinned memory where a GPU is to have it, one copy."""
+    directory = encoded.gpt_oss().model.save(tmp_path / "source")
+    reads: list[tuple[Any, ...]] = []
+    read = DecodedCheckpoint._read
+
+    def counted(self: Any, name: str, info: Any, index: Any, pin: bool = False) -> Tensor:
+        reads.append((name, str(index), pin))
+        return read(self, name, info, index)
+
+    monkeypatch.setattr(DecodedCheckpoint, "_read", counted)
+    convert(directory, tmp_path / "out", Options())
+    experts = [each for each in reads if each[0].endswith(("_blocks", "_scales"))]
+    equal(len(experts), len(set(experts)), str(sorted(experts)))
+    equal(len(experts), 2 * 2 * 2)  # of two experts, blocks and scales of gate_up and down
+    reads.clear()
+    path = "model.layers.0.mlp.experts.1"
+    gate, up = open_source(directory).fetch_group([(f"{path}.{p}_proj.weight", ()) for p in ("gate", "up")], pin=True)
+    true(gate.parts[0] is up.parts[0], "two copies")
+    equal([(name.rpartition("_")[2], pin) for name, _, pin in reads], [("blocks", True), ("scales", False)])
+
+
 def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = encoded.deepseek()
     directory = source.model.save(tmp_path / "source", 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.files import write_all
+from ..checkpoint.shards import tensor_bytes
 from ..errors import CheckpointError
 from .model import Decoder
 from .ranks import SPANS, Ranks
@@ -28,15 +31,27 @@ class Activations:
         self.arguments: dict[int, list[dict[str, Any]]] = {}  # span → for each layer, keyword arguments
         self._directory, self._limit = directory, limit
         self._held: dict[int, Tensor] = {}
+        self._spilled: dict[int, tuple[torch.dtype, torch.Size]] = {}
 
     def __getitem__(self, span: int) -> Tensor:
-        held = self._held.get(span)
-        return held if held is not None else torch.load(self._directory / f"{span}.pt", mmap=False)
+        if span in self._held:
+            return self._held[span]
+        dtype, shape = self._spilled[span]
+        states = torch.empty(shape, dtype=dtype)
+        with (self._directory / str(span)).open("rb") as file:
+            if file.readinto(tensor_bytes(states)) != states.nbytes:
+                raise OSError(f"{file.name}: is shorter than it was written")
+        return states
 
     def __setitem__(self, span: int, states: Tensor) -> None:
         states = states.cpu()
         if states.nbytes * len(self.batches) > self._limit:
-            torch.save(states, self._directory / f"{span}.pt")
+            file = os.open(self._directory / str(span), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                write_all(file, tensor_bytes(states))
+            finally:
+                os.close(file)
+            self._spilled[span] = states.dtype, states.shape
         else:
             self._held[span] = states
 

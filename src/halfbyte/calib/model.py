@@ -54,12 +54,12 @@ def open_decoder(
         raise UnsupportedError("calibration runs models with transformers: pip install 'halfbyte[hf]'") from error
     where = checkpoint.directory
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)  # else it asks, and waits
         causal: Any = AutoModelForCausalLM
         if type(config) not in causal._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
             causal = AutoModelForImageTextToText  # of which the language model alone will run
         with _weightless():
-            model: Any = causal.from_config(config, dtype=dtype)
+            model: Any = causal.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"{where}: transformers cannot build {checkpoint.config.get('model_type')!r} as a causal language model "

@@ -8,7 +8,8 @@ Floating point never sees another order.
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint import ranks as job
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 
 SPANS = 8
 
@@ -61,20 +62,23 @@ class Ranks:
             own_part = own.get(span)  # fewer samples than spans leave some of these without any
             part = torch.zeros_like(like) if own_part is None else own_part
             if self.world > 1:
-                dist.broadcast(part, self.owner(span))
+                with _noticing():
+                    dist.broadcast(part, self.owner(span))
             total += part
         return total
 
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over ranks."""
         if self.world > 1:
-            dist.all_reduce(x, dist.ReduceOp.MAX)
+            with _noticing():
+                dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
     def total(self, counts: Tensor) -> Tensor:
         """Elementwise sum of integers over ranks."""
         if self.world > 1:
-            dist.all_reduce(counts)
+            with _noticing():
+                dist.all_reduce(counts)
         return counts
 
     def object(self, value: Any, owner: int) -> Any:
@@ -84,9 +88,19 @@ class Ranks:
         buffer = io.BytesIO()  # torch.save, because torch's own pickling of objects does not know float8
         torch.save(value, buffer)
         values = [buffer.getvalue()]
-        dist.broadcast_object_list(values, owner)
+        with _noticing():
+            dist.broadcast_object_list(values, owner)
         return torch.load(io.BytesIO(values[0]), weights_only=False, map_location="cpu")
 
     def together(self) -> AbstractContextManager[None]:
         """Work of each rank by itself; if it fails on one, all raise its error after it."""
         return self.job.together()
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """A rank that has gone is no error of the source's: what is finished is kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError("another rank has died, or did not answer in time") from OSError(str(error))

@@ -7,16 +7,14 @@ than one layer is in memory; the samples' activations are, or are spilled to dis
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.files import remove_directory
 from ..checkpoint.manifest import options_to_json
 from ..checkpoint.options import Options
 from ..checkpoint.plan import Plan, make_plan
@@ -31,7 +29,7 @@ from .model import Decoder, empty, open_decoder
 from .options import Calibration
 from .ranks import Ranks
 from .step import Step
-from .store import Store, fingerprint
+from .store import SPILLED, Store, begin, fingerprint
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done
 
@@ -59,11 +57,12 @@ def run(
     work: Path,
     *,
     device: torch.device | str = "cpu",
-    resume: bool = False,
     ranks: Ranks | None = None,
     progress: Progress = lambda text, share: None,
 ) -> tuple[Store, Summary]:
-    """Calibrate; results go to the directory `work`, layer by layer.
+    """Calibrate; results go to the directory `work`, layer by layer. What is done there is not done again.
+
+    work: a directory that rank 0 has `working`.
 
     ranks: `Ranks.current()` where several processes do it together; by default this one does it alone.
 
@@ -86,35 +85,26 @@ def run(
     decoder = open_decoder(checkpoint, plan, calibration.dtype, device, calibration.layers_path)
     with ranks.together():
         if ranks.rank == 0:
-            store = Store(work, settings, resume=resume)
+            store = begin(work, settings)
     with ranks.together():
         if ranks.rank > 0:
-            store = Store(work, settings, resume=True)
+            store = Store(work, settings)
     groups = _groups(plan, decoder)
-    with _nothing_left_without_layers(store, ranks), tempfile.TemporaryDirectory(dir=work) as spilled:
+    with tempfile.TemporaryDirectory(prefix=SPILLED, dir=work) as spilled:
+        missing = [index for index in range(len(decoder.layers)) if index not in store.layers]
         with ranks.together():
             states = Activations(windows.ids, ranks, Path(spilled), calibration.spill)
-            embed(decoder, states, device)
+            if missing:
+                embed(decoder, states, device)
         for index, layer in enumerate(decoder.layers):
             progress(f"layer {index + 1} of {len(decoder.layers)}", index / len(decoder.layers))
             step = Step(checkpoint, decoder, index, groups[index], options, calibration, ranks, device)
-            step.run(store, states)
+            step.run(store, states, leads_on=bool(missing) and index < missing[-1])
             empty(layer)
         with ranks.together():  # rank 0 has saved everything by now
             if ranks.rank > 0:
-                store = Store(work, settings, resume=True)
+                store = Store(work, settings)
     return store, summarize(store)
-
-
-@contextlib.contextmanager
-def _nothing_left_without_layers(store: Store, ranks: Ranks) -> Iterator[None]:
-    """A failure leaves the store behind only if there is something to go on with."""
-    try:
-        yield
-    except Exception:
-        if ranks.rank == 0 and not store.layers:
-            remove_directory(store.directory)
-        raise
 
 
 def summarize(store: Store) -> Summary:

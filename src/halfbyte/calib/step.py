@@ -41,14 +41,18 @@ class Step:
         self.layer, self.items = decoder.layers[index], decoder.items[index]
         self.options, self.calibration, self.ranks, self.device = options, calibration, ranks, device
 
-    def run(self, store: Store, states: Activations) -> None:
-        """Fill the layer, observe and quantize it unless that was done before, and send the samples through."""
+    def run(self, store: Store, states: Activations, *, leads_on: bool) -> None:
+        """Fill the layer, observe and quantize it unless that was done before, and send the samples through.
+
+        leads_on: whether a later layer needs what comes out of this one.
+        """
+        done = store.layers.get(self.index)
         read = layer_reader(self.checkpoint, self.items, self.layer)
         where = f"{self.checkpoint.directory}: layer {self.index}"
         with self.ranks.together():
-            fill(self.layer, "layer", read, self.device, self.calibration.dtype, where)
+            if done is None or leads_on:
+                fill(self.layer, "layer", read, self.device, self.calibration.dtype, where)
             digest = source_digest(self._read, list(self.items))
-        done = store.layers.get(self.index)
         if done is None:
             tensors, summary = self._calibrate(states)
             with self.ranks.together():
@@ -57,8 +61,10 @@ class Step:
             decoded = self._decoded
         elif done["source"] != digest:
             raise CheckpointError(f"{where}: its weights have changed since; remove {store.directory} to begin again")
-        else:
+        elif leads_on:
             decoded = {m.name: q for group in self.groups for m in group if (q := store.weight(m.name)) is not None}
+        if not leads_on:
+            return
         for group in self.groups:
             for member in group:
                 set_weight(self.layer, member.local, decoded[member.name].dequantize().to(self.device))

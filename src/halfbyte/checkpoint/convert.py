@@ -311,7 +311,7 @@ def weight_group(checkpoint: Checkpoint, group: tuple[Planned, ...], weights: li
 
 def fetch_group(checkpoint: Checkpoint, group: tuple[Planned, ...], *, pin: bool = False) -> list[Fetched]:
     """The source's tensors of a group, read but not decoded."""
-    return [checkpoint.fetch(item.source, item.index, pin=pin) for item in group]
+    return checkpoint.fetch_group([(item.source, item.index) for item in group], pin=pin)
 
 
 def _input_scale(item: Planned, options: Options, calibrated: Calibrated | None) -> float | None:

@@ -166,9 +166,22 @@ def companions(directory: Path) -> list[str]:
     for the one that transformers reads templates from.
 
     Raises:
-        CheckpointError: one is a link to somewhere else, whose content would be copied into the output.
+        CheckpointError: one is a link to somewhere else, whose content would be copied into the output; or has a name
+            that cannot be printed, or is not Unicode.
     """
-    left_out = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+    left_out = (
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".onnx",
+        ".h5",
+        ".msgpack",
+        ".index.json",
+        TEMPORARY,
+    )
     rewritten = ("config.json", "hf_quant_config.json", "halfbyte.json")
     beside = (
         path.name
@@ -190,11 +203,16 @@ def companions(directory: Path) -> list[str]:
 
 
 def check_inside(directory: Path, name: str) -> None:
-    """Refuse a file that is a link out of its directory; the hub's cache, which is all links, is known."""
-    path = directory / name
-    real = path.resolve()
-    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not in_cache and not real.is_relative_to(directory.resolve()):
+    """Refuse a file that is a link out of its directory, or whose name cannot be printed.
+
+    The hub's cache is known, where snapshots/REVISION/ is all links into blobs/ of the same model.
+    """
+    if not name.isprintable():  # which what is not Unicode is not, either
+        raise CheckpointError(f"{directory}: file name {name!r} cannot be printed; rename or remove the file")
+    path, home = directory / name, directory.resolve()
+    real = Path(os.path.realpath(path))  # resolve() raises for a link to itself, which cannot be read either
+    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not in_cache and not real.is_relative_to(home):
         raise CheckpointError(f"{path}: is a link out of the directory, to {real}; put the file itself there")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,12 @@ from typing import Any, Self
 
 from ..errors import CheckpointError, HalfbyteError
 from .files import TEMPORARY, check_new, parse_json, remove_directory, replacing, sync_directory, write_all
-from .lock import Lock
+from .lock import LOCK, lock_directory
 
 JOURNAL = "journal.jsonl"
-LOCK = "lock"
 MODEL = "model"
+_GO_ON = "go on with --resume"
+_KNOWN = rf"{MODEL}|{re.escape(JOURNAL)}({re.escape(TEMPORARY)})?"
 
 
 class Journal:
@@ -50,8 +52,7 @@ class Journal:
         if not (resume and work.is_dir()):
             check_new(output)
         with said(work):
-            self._begin(resume)
-            self._lock = Lock(work / LOCK)
+            self._lock = lock_directory(work, "conversion", _KNOWN, resume=resume)
             try:
                 self._read()
             except BaseException:
@@ -103,26 +104,6 @@ class Journal:
             with said(self.work):
                 raise error
 
-    def _begin(self, resume: bool) -> None:
-        if self.work.is_symlink():
-            raise CheckpointError(f"{self.work}: is a link; remove it")
-        try:
-            self.work.mkdir()
-        except FileExistsError:
-            if not self.work.is_dir():
-                raise CheckpointError(f"{self.work}: is not a directory; remove it") from None
-            if not resume:
-                Lock.check(self.work / LOCK)
-                raise CheckpointError(
-                    f"{self.work}: left by a job that was interrupted; go on with --resume, or remove it"
-                ) from None
-            strange = sorted({path.name for path in self.work.iterdir()} - {LOCK, JOURNAL, JOURNAL + TEMPORARY, MODEL})
-            if strange:
-                raise CheckpointError(
-                    f"{self.work}: holds {strange[0]}, which no interrupted conversion leaves; remove the directory, "
-                    "or choose another output"
-                ) from None
-
     def _read(self) -> None:
         path = self.work / JOURNAL
         lines = _lines(path) if path.exists() else []
@@ -172,12 +153,12 @@ def said(work: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointError) as error:
-        if comes_again(error):
+        if comes_again(error) or str(error).endswith(_GO_ON):
             raise
         what = str(error)
         if isinstance(error, OSError):
             what = f"{error.filename or work}: {error.strerror or error}"
-        raise CheckpointError(f"{what}; {kept(work)}") from error
+        raise CheckpointError(f"{what}; {kept(work)}" if work.is_dir() else what) from error
 
 
 def comes_again(error: BaseException) -> bool:
@@ -187,7 +168,7 @@ def comes_again(error: BaseException) -> bool:
 
 def kept(work: Path) -> str:
     """Where an interrupted job can be taken up."""
-    return f"what is finished is kept in {work}: go on with --resume"
+    return f"what is finished is kept in {work}: {_GO_ON}"
 
 
 def is_interrupted(work: Path) -> bool:

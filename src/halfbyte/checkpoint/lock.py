@@ -6,11 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 from ..errors import CheckpointError
 
+LOCK = "lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -54,6 +56,37 @@ class Lock:
             _acquire(file, path)
         finally:
             os.close(file)
+
+
+def lock_directory(work: Path, what: str, known: str, *, resume: bool) -> Lock:
+    """Make a working directory and lock it; with resume, take one that is there.
+
+    Args:
+        what: the kind of job, in a word.
+        known: a regular expression for the names, beside the lock's, that such a job leaves in it.
+
+    Raises:
+        CheckpointError: another process works there; it is there but resume is False; or it is something else.
+    """
+    if work.is_symlink():
+        raise CheckpointError(f"{work}: is a link; remove it")
+    try:
+        work.mkdir()
+    except FileExistsError:
+        if not work.is_dir():
+            raise CheckpointError(f"{work}: is not a directory; remove it") from None
+        if not resume:
+            Lock.check(work / LOCK)
+            raise CheckpointError(
+                f"{work}: left by a job that was interrupted; go on with --resume, or remove it"
+            ) from None
+        strange = sorted(p.name for p in work.iterdir() if p.name != LOCK and not re.fullmatch(known, p.name))
+        if strange:
+            raise CheckpointError(
+                f"{work}: holds {strange[0]}, which no interrupted {what} leaves; remove the directory, "
+                "or choose another output"
+            ) from None
+    return Lock(work / LOCK)
 
 
 def _acquire(file: int, path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +51,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+Index = tuple[int | slice, ...]
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,13 +62,9 @@ class Fetched:
     parts: tuple[Tensor, ...]
     decode: Callable[[Sequence[Tensor]], Tensor] = operator.itemgetter(0)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Fetched:
-        """The same with its parts on a device."""
-        return replace(self, parts=tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
-
     def __call__(self, device: torch.device | str) -> Tensor:
         """The tensor, on a device."""
-        return self.decode(self.to(device).parts)
+        return self.decode([part.to(device) for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,8 @@ class Checkpoint:
         self.directory = directory
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
+        check_inside(directory, "config.json")
+        check_inside(directory, INDEX)
         self.config = read_json(directory / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] | None = None
@@ -132,11 +131,15 @@ class Checkpoint:
         """All that was or will be read of it."""
         return {"config.json", *(info.file for info in self.tensors.values())}
 
-    def fetch(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Fetched:
+    def fetch(self, name: str, index: Index = (), *, pin: bool = False) -> Fetched:
         """Read a tensor, or part of one, now, and have it where it is needed later. pin: as of `read`."""
         return Fetched((self.read(name, index, pin=pin),))
 
-    def read(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Tensor:
+    def fetch_group(self, wanted: Sequence[tuple[str, Index]], *, pin: bool = False) -> list[Fetched]:
+        """Several of them by name and index; what they have in common is read once."""
+        return [self.fetch(name, index, pin=pin) for name, index in wanted]
+
+    def read(self, name: str, index: Index = (), *, pin: bool = False) -> Tensor:
         """A tensor, or the part of it at index (numbers, then perhaps a slice), on the CPU, in memory of its own.
 
         pin: in pinned memory, from which a GPU copies while others compute.
@@ -149,7 +152,7 @@ class Checkpoint:
         """
         return self._read(name, self.tensors[name], index, pin)
 
-    def _read(self, name: str, info: TensorInfo, index: tuple[int | slice, ...], pin: bool = False) -> Tensor:
+    def _read(self, name: str, info: TensorInfo, index: Index, pin: bool = False) -> Tensor:
         path = self.directory / info.file
         start, shape = _part(info, index)
         try:
@@ -255,7 +258,7 @@ _PIECE = 1 << 24
 _READERS = 4
 
 
-def _part(info: TensorInfo, index: tuple[int | slice, ...]) -> tuple[int, tuple[int, ...]]:
+def _part(info: TensorInfo, index: Index) -> tuple[int, tuple[int, ...]]:
     """Where the part of a tensor begins in the file, and its shape; such a part is in one piece."""
     start, shape, stride = info.offset, info.shape, info.nbytes
     for i in index:
@@ -290,7 +293,7 @@ class ShardWriter:
             os.ftruncate(self._file, size)
             write_all(self._file, header)
         except BaseException:
-            self._close()
+            self.abort()
             raise
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ a stream of its own. Memory on the host is pinned; torch keeps it and gives it o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ class Staging:
     def send(self, fetched: Sequence[Fetched]) -> tuple[list[Fetched], Any]:
         """Begin copying to the device. `received` takes what this returns; or what stays, and None."""
         with torch.cuda.stream(self._in):
-            return [one.to(self._device, non_blocking=True) for one in fetched], self._in.record_event()
+            sent: dict[int, Tensor] = {}  # by what they were: several may share a part
+            for part in (part for one in fetched for part in one.parts):
+                if id(part) not in sent:
+                    sent[id(part)] = part.to(self._device, non_blocking=True)
+            there = [replace(one, parts=tuple(sent[id(part)] for part in one.parts)) for one in fetched]
+            return there, self._in.record_event()
 
     def received(self, sent: tuple[list[Fetched], Any]) -> list[Fetched]:
         """The same on the device; the current stream waits for it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...ops import blocks
 from ..config import without_quantization
-from ..files import read_json
+from ..files import check_inside, read_json
 from ..plan import text_config
-from ..shards import DTYPES, Checkpoint, Fetched, TensorInfo
+from ..shards import DTYPES, Checkpoint, Fetched, Index, TensorInfo
 from .declared import HF_QUANT_CONFIG, Declared, read_declared
 from .encodings import Stored, find_encoded
+
+_Read = Callable[[str, tuple[int, ...], int, int, bool], Tensor]
 
 
 def open_source(directory: Path, *, requantize: bool = False) -> Checkpoint:
@@ -31,6 +34,8 @@ def open_source(directory: Path, *, requantize: bool = False) -> Checkpoint:
     """
     if not (directory / "config.json").is_file():
         return Checkpoint(directory)  # which says what is wrong
+    check_inside(directory, "config.json")
+    check_inside(directory, HF_QUANT_CONFIG)
     declared = read_declared(directory, read_json(directory / "config.json"))
     if declared is None:
         return Checkpoint(directory)
@@ -77,16 +82,33 @@ class DecodedCheckpoint(Checkpoint):
         beside = {HF_QUANT_CONFIG} if (self.directory / HF_QUANT_CONFIG).exists() else set()
         return {"config.json", *beside, *(info.file for info in self._on_disk.values())}
 
-    def read(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Tensor:
+    def read(self, name: str, index: Index = (), *, pin: bool = False) -> Tensor:
         """As `Checkpoint.read`; decoded."""
         return self.fetch(name, index)("cpu") if name in self._stored else super().read(name, index, pin=pin)
 
-    def fetch(self, name: str, index: tuple[int | slice, ...] = (), *, pin: bool = False) -> Fetched:
+    def fetch(self, name: str, index: Index = (), *, pin: bool = False) -> Fetched:
         """As `Checkpoint.fetch`; what is read is the encoded tensor, which is decoded where it is needed.
 
         Raises:
             CheckpointError: also where a scale is negative, infinite or NaN.
         """
+        return self._fetch(name, index, pin, self._reader())
+
+    def fetch_group(self, wanted: Sequence[tuple[str, Index]], *, pin: bool = False) -> list[Fetched]:
+        """As `Checkpoint.fetch_group`: rows of two of them may alternate in one tensor."""
+        read = self._reader()
+        return [self._fetch(name, index, pin, read) for name, index in wanted]
+
+    def _reader(self) -> _Read:
+        """Rows of stored tensors, each read once."""
+
+        @functools.cache
+        def read(tensor: str, matrix: tuple[int, ...], start: int, stop: int, pin: bool) -> Tensor:
+            return self._read(tensor, self._on_disk[tensor], (*matrix, slice(start, stop)), pin)
+
+        return read
+
+    def _fetch(self, name: str, index: Index, pin: bool, read: _Read) -> Fetched:
         stored = self._stored.get(name)
         if stored is None:
             return super().fetch(name, index, pin=pin)
@@ -94,44 +116,41 @@ class DecodedCheckpoint(Checkpoint):
         part = next((i for i in index if isinstance(i, slice)), slice(None))
         if len(stored.shape) == 3 and not matrix:
             numbers = range(*part.indices(stored.shape[0]))
-            return stack([self._matrix(name, stored, (i,), slice(None), pin) for i in numbers])
-        return self._matrix(name, stored, (*stored.index, *matrix), part, pin)
+            return stack([self._matrix(name, stored, (i,), slice(None), pin, read) for i in numbers])
+        return self._matrix(name, stored, (*stored.index, *matrix), part, pin, read)
 
-    def _matrix(self, name: str, stored: Stored, matrix: tuple[int, ...], part: slice, pin: bool) -> Fetched:
+    def _matrix(
+        self, name: str, stored: Stored, matrix: tuple[int, ...], part: slice, pin: bool, read: _Read
+    ) -> Fetched:
         """Rows of one matrix; what is read are whole blocks."""
         count = stored.shape[len(stored.shape) - 2 if len(stored.shape) > 1 else 0]
         start, stop, _ = part.indices(count)
+        first, step = stored.first, stored.step
         if stored.scale is None:
-            return Fetched((self._rows(stored, stored.elements, matrix, start, stop, pin),))
+            rows = read(stored.elements, matrix, start * step, stop * step, pin)
+            return Fetched((rows,), lambda parts: parts[0][first::step].contiguous())
         height = stored.block[0] if stored.grid[0] > 1 else 1  # under a single row of blocks, any row is a beginning
-        first, last = start // height * height, min(-(-stop // height) * height, count)
-        elements = self._rows(stored, stored.elements, matrix, first, last, pin)
-        elements = elements.flatten(1)  # gpt-oss's blocks are a dimension of their own
-        scale = self._scale(name, stored, matrix, first // height, -(-last // height))
+        top, bottom = start // height * height, min(-(-stop // height) * height, count)
+        elements = read(stored.elements, matrix, top * step, bottom * step, pin)
+        scale = self._scale(name, stored, matrix, top // height, -(-bottom // height), read)
         dtype = DTYPES[self.tensors[name].dtype]
 
         def decode(parts: Sequence[Tensor]) -> Tensor:
             encoded, factors = parts
-            return blocks.decode(encoded, factors, stored.block)[start - first : stop - first].to(dtype)
+            encoded = encoded[first::step].flatten(1).contiguous()  # gpt-oss's blocks are a dimension of their own
+            return blocks.decode(encoded, factors, stored.block)[start - top : stop - top].to(dtype)
 
         return Fetched((elements, scale), decode)
 
-    def _rows(
-        self, stored: Stored, tensor: str, matrix: tuple[int, ...], start: int, stop: int, pin: bool = False
-    ) -> Tensor:
-        """Rows of a stored tensor, counted as those of the decoded one."""
-        step = stored.step
-        read = self._read(tensor, self._on_disk[tensor], (*matrix, slice(start * step, stop * step)), pin)
-        return read[stored.first :: step].contiguous()
-
-    def _scale(self, name: str, stored: Stored, matrix: tuple[int, ...], start: int, stop: int) -> Tensor:
+    def _scale(self, name: str, stored: Stored, matrix: tuple[int, ...], start: int, stop: int, read: _Read) -> Tensor:
         """Rows of the block scales, float32 (rows, ⌈K/n⌉): what multiplies."""
         assert stored.scale is not None
         info = self._on_disk[stored.scale]
         if stored.grid[0] == 1:
             start, stop = 0, 1
         if len(info.shape) == len(matrix) + 2 and info.shape[-2:] == stored.grid:
-            scale = self._rows(stored, stored.scale, matrix, start, stop)
+            step = stored.step
+            scale = read(stored.scale, matrix, start * step, stop * step, False)[stored.first :: step]
         else:
             whole = self._read(stored.scale, info, ()).reshape(-1, *stored.grid)
             scale = whole[matrix[0] if matrix else 0, start:stop]
