@@ -1,5 +1,6 @@
 """An export planned once gives, every time, what `export` gives."""
 
+import contextlib
 import gc
 from typing import Any
 
@@ -104,6 +105,66 @@ def test_parameters_that_moved() -> None:
         parameters[name].data = parameters[name].data * 2
         gc.collect()
     same(copied(prepared.export()), one.export_all(parameters.items()))
+
+
+class Stream:
+    """What a CUDA stream is asked for, noted."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.log.append(name)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("moved", [None, 0, 7, -1])
+def test_buckets_that_overlap(moved: int | None, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with streams that do nothing: the next bucket is filled before this one is given; a parameter that
+    moved is noticed when its bucket's turn comes."""
+    model = ranks.moe()
+    one = exporter(model)
+    parameters = {
+        name: torch.nn.Parameter(tensor.clone(), requires_grad=False)
+        for name, tensor in to_megatron(one.model, model.tensors, Placement()).items()
+    }
+    prepared = one.prepare(parameters.items(), keep=keep)
+    wanted = one.export_all(parameters.items())
+    if moved is not None:
+        parameter = list(parameters.values())[moved]
+        parameter.data = parameter.data * 2
+        wanted = one.export_all(parameters.items())
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(log))
+    monkeypatch.setattr(prepared, "_device", torch.device("cuda"))
+    monkeypatch.setattr(prepared, "_stream", Stream(log))
+    fill = prepared._fill
+    monkeypatch.setattr(prepared, "_fill", lambda k: (log.append(f"fill {k}"), fill(k)))
+    found: dict[str, Tensor] = {}
+    for number, bucket in enumerate(prepared.export()):
+        log.append(f"take {number}")
+        equal(bucket.index, number)
+        found |= {name: tensor.clone() for name, tensor in bucket.tensors.items()}
+    same(found, wanted)
+    steps = [step for step in log if step[:4] in ("fill", "take")]
+    last = len(prepared.buckets) - 1
+    equal(
+        steps, ["fill 0", *[f"{what}" for k in range(last) for what in (f"fill {k + 1}", f"take {k}")], f"take {last}"]
+    )
+    true(last >= 4, "too few buckets to say anything")
+
+
+def test_not_finite_in_rows_that_are_not_gathered() -> None:
+    """q, k and v of Megatron are quantized from where they are; errors name the Hugging Face tensor all the same."""
+    model = ranks.moe()
+    one = exporter(model)
+    parameters = {n: t.clone() for n, t in to_megatron(one.model, model.tensors, Placement()).items()}
+    prepared = one.prepare(parameters.items())
+    true(any(unit.gather for draft in prepared._drafts for job in draft.jobs for unit in job.units), "all are gathered")
+    parameters["decoder.layers.0.self_attention.linear_qkv.weight"][-1, 5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.0.self_attn.v_proj.weight: contains NaN or inf"):
+        list(prepared.export())
 
 
 @pytest.mark.parametrize("fmt", [NVFP4(), MXFP8()])
