@@ -32,6 +32,7 @@ def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes, each of which imports torch
 
 

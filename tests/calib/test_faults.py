@@ -63,9 +63,9 @@ def test_killed_and_resumed(place: Place) -> None:
 
 @pytest.mark.slow
 def test_killed_at_many_calls(place: Place) -> None:
-    """Every fourth; and every one at the end, which no conversion has: there the output has its name."""
-    end = len(place.calls) - 40
-    for at in (*range(0, end, 4), *range(end, len(place.calls))):
+    """Every seventh; and every one at the end, which no conversion has: there the output has its name."""
+    end = len(place.calls) - 24
+    for at in (*range(0, end, 7), *range(end, len(place.calls))):
         killed(place, "kill", at)
         place.check_resumes(f"kill at {at}")
 
@@ -173,7 +173,7 @@ def test_ranks_die(place: Place) -> None:
         place.clear()
 
 
-SMALL = ("--samples", "8", "--sequence-length", "32", "--device", "cpu")
+LONG = ("--samples", "96", "--sequence-length", "128", "--device", "cpu")  # a second or two after its first layer
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]), "OMP_NUM_THREADS": "1"}
 
 
@@ -190,7 +190,7 @@ def started(work: Path, *command: object) -> subprocess.Popen[str]:
 def test_signals(tmp_path: Path, name: str) -> None:
     """The command ends with the number that a shell expects, and says how to go on."""
     work = tmp_path / "out.partial"
-    process = started(work, "halfbyte", "calibrate", TINY, tmp_path / "out", *SMALL)
+    process = started(work, "halfbyte", "calibrate", TINY, tmp_path / "out", *LONG)
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[1]
     equal(process.returncode, 128 + getattr(signal, name), said)
@@ -201,18 +201,18 @@ def test_signals(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_torchrun_loses_a_rank(tmp_path: Path) -> None:
-    """The command: of two ranks one dies; three go on, to the bytes of one."""
+    """The command: of two ranks one dies; two go on, to the bytes of one."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node")
-    calibrate = ("-m", "halfbyte", "calibrate", TINY, tmp_path / "out", *SMALL)
+    calibrate = ("-m", "halfbyte", "calibrate", TINY, tmp_path / "out", *LONG)
     process = started(tmp_path / "out.partial", *launcher, 2, *calibrate)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     said = process.communicate(timeout=120)[1]
-    true(process.returncode != 0 and "go on with --resume" in said, said)
+    true(process.returncode != 0 and "go on with" in said.lower() and "--resume" in said, said)  # it, or the launcher
     true((tmp_path / "out.partial" / "layer-00000.json").exists() and not (tmp_path / "out").exists(), "not kept")
     commands = {
-        "out": (*launcher, 3, *calibrate, "--resume"),
-        "one": ("halfbyte", "calibrate", TINY, tmp_path / "one", *SMALL),
+        "out": (*launcher, 2, *calibrate, "--resume"),
+        "one": ("halfbyte", "calibrate", TINY, tmp_path / "one", *LONG),
     }
     for command in commands.values():
         arguments = [sys.executable, "-m", *map(str, command)]
