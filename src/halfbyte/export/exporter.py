@@ -96,7 +96,8 @@ class Exporter:
             input_scale: static input scales of NVFP4 weights: leave them out, or send ones; by default what
                 options.activations and the engine ask for.
             engine: who receives the tensors.
-            bucket_bytes: when a bucket is full; a single larger group makes a larger one.
+            bucket_bytes: when a bucket is full, of what is cut an equal share of each rank counted; a single larger
+                group makes a larger one.
             reduce: see `Reduce`; needed where weights come in parts.
             directory: what errors call the model.
 
@@ -178,7 +179,7 @@ class Exporter:
 
     def collector(self) -> Collector:
         """What sorts this rank's parameters into groups, once."""
-        return Collector(self.plan, self.placement.pp_size * self.placement.ep_size == 1)
+        return Collector(self.plan, self.placement)
 
     @property
     def layout(self) -> Layout:
