@@ -182,6 +182,19 @@ def test_another_model(change: Callable[[Tensors], Any], message: str) -> None:
         same_bits(tensor, before[name], name)
 
 
+def test_tied_weights_that_come_under_both_names() -> None:
+    """As some checkpoints hold them; the engine has one tensor."""
+    both, names = MODEL.plus({"lm_head.weight": MODEL.tensors["model.embed_tokens.weight"].clone()}), Tensors()
+    one = Exporter(both.config, headers(both.tensors.items()), bucket_bytes=40_000)
+    names.update({name: tensor.clone() for name, tensor in one.export_all(both.tensors.items()).items()})
+    names["lm_head.weight"] = names["model.embed_tokens.weight"]
+    new = {name: tensor * 2 for name, tensor in both.tensors.items()}
+    pair, receiver = links(), Receiver(names)
+    done = together(lambda: Sender(pair[0]).send(one.export(new.items()), 1), lambda: receiver.receive(pair[1]))
+    equal(done, [None, 1])
+    same_bits(names["lm_head.weight"], new["lm_head.weight"])
+
+
 def test_two_receivers_take_it_both_or_not_at_all() -> None:
     engines = [exported(1), exported(1)]
     receivers = [Receiver(engines[0], version=1), Receiver(engines[1], version=1)]
@@ -244,13 +257,19 @@ def test_a_killed_sender(tmp_path: Path) -> None:
 def test_a_killed_receiver(tmp_path: Path) -> None:
     """Another one stays with its old weights too, and the sender hears of it."""
     path = str(tmp_path / "store")
-    child = multiprocessing.get_context("spawn").Process(target=die_while_receiving, args=(path,))
+    child = multiprocessing.get_context("spawn").Process(target=die_while_receiving, args=(path, 3))
     child.start()
-    sender = Sender(connect(dist.FileStore(path, 2), 0, 2, timeout=40.0))
-    with pytest.raises(SyncError, match="a partner is gone"):
-        sender.send(buckets(1), 1)
+    engine = exported(0)
+    receiver = Receiver(engine, version=0)
+    send = lambda: Sender(connect(dist.FileStore(path, 3), 0, 3, timeout=40.0)).send(buckets(1), 1)  # noqa: E731
+    receive = lambda: receiver.receive(connect(dist.FileStore(path, 3), 2, 3, timeout=40.0))  # noqa: E731
+    for error in together(send, receive):
+        true(isinstance(error, SyncError) and "a partner is gone" in str(error), repr(error))
     child.join(30)
     equal(child.exitcode, 9)
+    equal(receiver.version, 0)
+    for name, tensor in exported(0).items():
+        same_bits(engine[name], tensor, name)
 
 
 def test_deltas() -> None:
@@ -363,6 +382,17 @@ def test_an_engine_that_fails_does_not_keep_the_others_waiting() -> None:
     equal([link.problem for link in both.links], [None, None])
     true(time.monotonic() - began < 20, "somebody waited")
     equal(both.sync(3), [None, 3], "the next one")
+
+
+@pytest.mark.parametrize("step", ["pause", "flush_cache"])
+def test_an_engine_that_fails_before_anything_is_written_serves_on(step: str) -> None:
+    both, engine = Both(), Engine(step)
+    done = both.sync(2, serving=engine)
+    true(f"(RuntimeError: {step} failed)" in str(done[1]), str(done))
+    equal(engine.calls[-1], "resume")
+    both.serves(1)
+    equal(both.sync(3), [None, 3], "the next one")
+    both.serves(3)
 
 
 def test_layouts_are_read_with_suspicion() -> None:
