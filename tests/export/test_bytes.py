@@ -1,5 +1,6 @@
 """A live export equals a conversion, byte for byte: every recipe, every sharding."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import halfbyte
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.schema import LAYOUTS, Layout
-from halfbyte.export import Exporter, Piece, Placement, headers, merge
+from halfbyte.export import Exporter, Piece, Placement, global_name, headers, merge
 from halfbyte.export.shards import to_megatron
 from halfbyte.formats import MXFP8
 from halfbyte.recipe.load import builtin_recipes, load_recipe
@@ -91,6 +92,35 @@ def test_experts_have_a_tensor_parallelism_of_their_own(
     same(found, read_all(tmp_path / "out"), f"tensor parallelism 2, of experts {etp}; expert parallelism {ep}")
 
 
+def test_pipelines(tmp_path: Path) -> None:
+    """Two pipeline ranks with two chunks each, in which layers and experts count from 0: walked as docs/rl.md does."""
+    source = ranks.deep().save(tmp_path / "model")
+    convert(source, tmp_path / "out", Options())
+    tensors, pieces = read_all(source), list[Piece]()
+    for pp, ep in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        placement = Placement(ep_rank=ep, ep_size=2, pp_rank=pp, pp_size=2, vp_size=2)
+        exporter = Exporter.like(source, Options(), placement=placement)
+        chunks: list[dict[str, Tensor]] = [{}, {}]
+        for name, tensor in to_megatron(exporter.model, tensors, placement).items():
+            layer = {"embedding": 0, "decoder.final_layernorm": 3}.get(
+                name.rpartition(".")[0].removesuffix(".word_embeddings")
+            )
+            layer = int(name.split(".")[2]) if layer is None else layer
+            if layer % 2 == pp:  # chunks are dealt out in turn, one layer each
+                local = name.replace(f"decoder.layers.{layer}.", "decoder.layers.0.")
+                local = re.sub(r"(experts\.linear_fc[12]\.weight)(\d)", lambda m: f"{m[1]}{int(m[2]) - 2 * ep}", local)  # noqa: B023
+                chunks[layer // 2][f"module.module.{local}"] = tensor
+        if pp == 1:  # the last stage's copy of what is tied
+            chunks[1]["module.module.output_layer.weight"] = tensors["model.embed_tokens.weight"]
+        named = [
+            (global_name(name, exporter.model, placement, stage), tensor)
+            for stage, chunk in enumerate(chunks)
+            for name, tensor in chunk.items()
+        ]
+        pieces += [piece for bucket in exporter.export(named) for piece in bucket.pieces]
+    same(merge(pieces, exporter.entries), read_all(tmp_path / "out"), "pipelines")
+
+
 def test_blocks_of_16_by_16(tmp_path: Path, directory: Callable[[str], Path]) -> None:
     source, options = directory("moe"), Options(format=halfbyte.NVFP4(block=(16, 16)))
     convert(source, tmp_path / "out", options)
@@ -131,7 +161,8 @@ def test_all_experts_of_a_rank_in_one_parameter(tmp_path: Path, directory: Calla
     same(merge(pieces, wanted), read_all(tmp_path / "out"), how)
 
 
-def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("bucket_bytes", [512 << 20, 30_000])
+def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path], bucket_bytes: int) -> None:
     """As FSDP has them: rows of every tensor on every rank, some with none."""
     source = directory("dense")
     convert(source, tmp_path / "out", Options())
@@ -157,9 +188,22 @@ def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path
                 call = next(count)
                 return found if recording else torch.stack([of[call] for of in maxima]).amax(0)  # noqa: B023
 
-            exporter = Exporter.like(source, Options(), reduce=reduce)
+            exporter = Exporter.like(source, Options(), reduce=reduce, bucket_bytes=bucket_bytes)
             pieces += [piece for bucket in exporter.export(parts(rank)) for piece in bucket.pieces]
     same(merge(pieces, exporter.entries), read_all(tmp_path / "out"), "rows")
+
+
+@pytest.mark.parametrize("bucket_bytes", [30_000, 60_000, 100_000])
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_ranks_close_buckets_at_the_same_weights(
+    directory: Callable[[str], Path], name: str, bucket_bytes: int
+) -> None:
+    """Of the vocabulary one rank has all 90 rows, the others nothing but padding; maxima are reduced by bucket."""
+    source, options = directory(name), Options()
+    wanted = Exporter.like(source, options).export_all(read_all(source).items())
+    for tp, ep in ((2, 1), (4, 2)):
+        every = Ranks(source, options, placements(tp, ep), bucket_bytes=bucket_bytes)
+        same(every.export(read_all(source)), wanted, f"tensor parallelism {tp}, expert parallelism {ep}")
 
 
 def test_buckets(directory: Callable[[str], Path]) -> None:
