@@ -1,7 +1,7 @@
 """A live export equals a conversion, byte for byte: every recipe, every sharding."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,10 +175,21 @@ def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path
         }
         return [Piece(name, t[slice(*edges[name])], 0, edges[name][0]) for name, t in tensors.items()]
 
-    maxima: list[list[Tensor]] = [[], [], []]
+    def make(rank: int, reduce: Any) -> Exporter:
+        return Exporter.like(source, Options(), reduce=reduce, bucket_bytes=bucket_bytes)
+
+    same(of_ranks(3, make, parts), read_all(tmp_path / "out"), "rows")
+
+
+def of_ranks(
+    world: int, make: Callable[[int, Any], Exporter], parts: Callable[[int], list[Piece]]
+) -> dict[str, Tensor]:
+    """Whole tensors of ranks that play one after the other, first to learn their maxima."""
+    maxima: list[list[Tensor]] = [[] for _ in range(world)]
+    entries, pieces = {}, list[Piece]()
     for recording in (True, False):
         pieces = []
-        for rank in range(3):
+        for rank in range(world):
             count = iter(range(1000))
 
             def reduce(found: Tensor, expert: bool, rank: int = rank, count: Any = count) -> Tensor:
@@ -188,9 +199,39 @@ def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path
                 call = next(count)
                 return found if recording else torch.stack([of[call] for of in maxima]).amax(0)  # noqa: B023
 
-            exporter = Exporter.like(source, Options(), reduce=reduce, bucket_bytes=bucket_bytes)
+            exporter = make(rank, reduce)
+            entries = exporter.entries
             pieces += [piece for bucket in exporter.export(parts(rank)) for piece in bucket.pieces]
-    same(merge(pieces, exporter.entries), read_all(tmp_path / "out"), "rows")
+    return merge(pieces, entries)
+
+
+def test_stacked_experts_of_fsdp(tmp_path: Path) -> None:
+    """fully_shard deals out whole experts, and rows of all else: docs/rl.md's loop."""
+    model = small_moe()
+    convert(model.save(tmp_path / "model"), tmp_path / "out", Options())
+    stacked = stack(model).tensors
+
+    def make(rank: int, reduce: Any) -> Exporter:
+        options = {"placement": Placement(ep_rank=rank, ep_size=2), "reduce": reduce, "bucket_bytes": 10_000}
+        return Exporter(model.config, headers(stacked.items()), Options(), **options)
+
+    def parts(rank: int) -> list[Piece]:
+        return [piece for name, parameter in stacked.items() for piece in of_fsdp(name, parameter, rank)]
+
+    def of_fsdp(name: str, parameter: Tensor, rank: int) -> Iterator[Piece]:
+        each = -(-len(parameter) // 2)
+        start = min(rank * each, len(parameter))
+        local = parameter[start : start + each]
+        if local.dim() < 3:
+            yield Piece(name, local, dim=0, start=start)
+            return
+        module, _, leaf = name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for i, weight in enumerate(local):
+            for part, tensor in zip(leaves, weight.chunk(len(leaves)), strict=True):
+                yield Piece(f"{module}.{start + i}.{part}.weight", tensor)
+
+    same(of_ranks(2, make, parts), read_all(tmp_path / "out"), "FSDP")
 
 
 @pytest.mark.parametrize("bucket_bytes", [30_000, 60_000, 100_000])

@@ -198,9 +198,13 @@ class Exporter:
 
     def pieces_of(self, entry: tuple[str, Tensor] | Piece) -> list[Piece]:
         """Pieces of planned tensors, by the names that those have in the output."""
+        name, tensor = (entry.name, entry.tensor) if isinstance(entry, Piece) else entry
+        if hasattr(tensor, "to_local"):
+            raise CheckpointError(
+                f"{name}: is a DTensor, of which a part is here; give that, as Piece(name, x.to_local(), dim, start)"
+            )
         if isinstance(entry, Piece):
-            return [replace(entry, tensor=entry.tensor.detach())]
-        name, tensor = entry
+            return [replace(entry, tensor=tensor.detach())]
         if name not in self.sources:
             return to_pieces(self.model, name, tensor, self.placement)
         tensor = tensor.detach()
