@@ -13,7 +13,7 @@ from torch import Tensor
 
 import halfbyte
 from halfbyte import MXFP8, CheckpointError, SyncError
-from halfbyte.export import Exporter, Receiver, Sender, connect, headers, in_buckets, make_delta, update_engine
+from halfbyte.export import Exporter, Receiver, Sender, connect, headers, in_buckets, make_delta
 from halfbyte.export.layout import SEAL_BYTES, Layout, pack, place, salt_of
 
 from ..check import equal, same_bits, true
@@ -310,43 +310,6 @@ def test_no_delta_after_a_sync_that_broke_off() -> None:
     both.serves(1)
 
 
-class Engine:
-    """Writes down what it is asked for."""
-
-    def __init__(self, fails_at: str | None = None) -> None:
-        self.calls: list[str] = []
-        self.fails_at = fails_at
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            self.calls.append(name)
-            if name == self.fails_at:
-                raise RuntimeError(f"{name} failed")
-
-        return call
-
-
-def test_the_order_around_a_receiver() -> None:
-    both, engine = Both(), Engine()
-    equal(both.sync(2, serving=engine), [None, 2])
-    equal(engine.calls, ["pause", "flush_cache", "set_version", "resume"])
-    both.sync(3, lambda: Sender(Damaged.of(both.links[0], flip)).send(buckets(3), 3), serving=engine)
-    equal(len(engine.calls), 4, "calls after a sync that failed")
-
-
-def test_the_order_of_an_engine() -> None:
-    engine = Engine()
-    update_engine(engine, buckets(1), 1)
-    loads = len(list(buckets(1)))
-    wanted = ["pause", "flush_cache", "start_update", *["load"] * loads, "finish_update", "set_version", "resume"]
-    equal(engine.calls, wanted)
-    for step in ("flush_cache", "load", "finish_update", "set_version"):
-        engine = Engine(step)
-        with pytest.raises(SyncError, match=rf"version 1 was not loaded \({step} failed\); the old version serves on"):
-            update_engine(engine, buckets(1), 1)
-        equal(engine.calls[-2:], ["abort_update", "resume"], step)
-
-
 def test_writing_that_fails_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both()
 
@@ -373,26 +336,6 @@ def test_a_matrix_and_its_transpose_are_two() -> None:
         found = {piece.name: piece.tensor for piece in layout.views(flat)}
         same_bits(found["a"], a)
         same_bits(found["t"], a.t().contiguous())
-
-
-def test_an_engine_that_fails_does_not_keep_the_others_waiting() -> None:
-    both, began = Both(), time.monotonic()
-    done = both.sync(2, serving=Engine("resume"))
-    true("the engine around version 2 failed (RuntimeError: resume failed)" in str(done[1]), str(done))
-    equal([link.problem for link in both.links], [None, None])
-    true(time.monotonic() - began < 20, "somebody waited")
-    equal(both.sync(3), [None, 3], "the next one")
-
-
-@pytest.mark.parametrize("step", ["pause", "flush_cache"])
-def test_an_engine_that_fails_before_anything_is_written_serves_on(step: str) -> None:
-    both, engine = Both(), Engine(step)
-    done = both.sync(2, serving=engine)
-    true(f"(RuntimeError: {step} failed)" in str(done[1]), str(done))
-    equal(engine.calls[-1], "resume")
-    both.serves(1)
-    equal(both.sync(3), [None, 3], "the next one")
-    both.serves(3)
 
 
 def test_layouts_are_read_with_suspicion() -> None:
