@@ -179,6 +179,21 @@ def test_buckets_that_overlap(moved: int | None, keep: bool, monkeypatch: pytest
         true(f"user waits for event {k + 1} of side" in log[: log.index(f"take {k}")], f"bucket {k} is not there yet")
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_without_keys(rank: int) -> None:
+    """Eight tensor-parallel ranks share four query groups: one of two has a group's queries, the other the rest."""
+    model, name = ranks.dense(), "decoder.layers.0.self_attention.linear_qkv.weight"
+    one = exporter(model, placement=Placement(rank, 8, pp_size=2), reduce=lambda maxima, _: maxima)
+    shard = to_megatron(one.model, model.tensors, Placement())[name].chunk(8)[rank].contiguous()
+    found, wanted = (
+        {piece.name: piece for bucket in buckets for piece in bucket.pieces}
+        for buckets in (one.prepare([(name, shard)], keep=True).export(), one.export([(name, shard)]))
+    )
+    equal({key: (x.dim, x.start) for key, x in found.items()}, {key: (x.dim, x.start) for key, x in wanted.items()})
+    true(any(not piece.tensor.numel() for piece in wanted.values()), "this rank has some of all")
+    same({key: x.tensor for key, x in found.items()}, {key: x.tensor for key, x in wanted.items()})
+
+
 def test_not_finite_in_rows_that_are_not_gathered() -> None:
     """q, k and v of Megatron are quantized from where they are; errors name the Hugging Face tensor all the same."""
     model = ranks.moe()

@@ -196,6 +196,8 @@ def _is_needless(gather: Gather, group: WeightGroup) -> bool:
     mine = all(w.untyped_storage().data_ptr() == memory and w.is_contiguous() for w in group.weights)
     if not mine or sum(w.numel() for w in group.weights) != target.numel():
         return False
+    if not all(w.numel() for w in group.weights):  # with more ranks than query groups some have no keys
+        return False
     runs = [run for weight in group.weights for run in gather.runs(weight)]
     return all(run.numel() % (fmt.block_columns * PLACE_BLOCKS) == 0 and len(run) % fmt.block[0] == 0 for run in runs)
 
