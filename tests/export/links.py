@@ -95,13 +95,13 @@ def die_while_sending(path: str) -> None:
         link.broadcast(flat)
 
 
-def die_while_receiving(path: str) -> None:
-    """A process that ends when the second bucket comes."""
+def die_while_receiving(path: str, size: int) -> None:
+    """A process, rank 1, that ends when the second bucket comes."""
     import os
 
     from halfbyte.export import Receiver
 
-    link = connect(dist.FileStore(path, 2), 1, 2, timeout=20.0)
+    link = connect(dist.FileStore(path, size), 1, size, timeout=20.0)
     model = ranks.dense()
     receive, count = link.broadcast, [0]
 

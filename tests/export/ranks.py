@@ -63,6 +63,14 @@ def moe() -> Model:
     return _model(draw, [layer(draw, attention(draw), block)], False, model_type="qwen2_moe", **sizes)
 
 
+def deep() -> Model:
+    """Four layers of experts, tied, for pipelines."""
+    draw = Draw(seed=13)
+    layers = [layer(draw, attention(draw), moe_block(draw, "shared_expert")) for _ in range(4)]
+    sizes = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH}
+    return _model(draw, layers, True, model_type="qwen2_moe", **sizes)
+
+
 def deepseek() -> Model:
     """MLA, a dense layer, one of experts with shared ones and a correction bias, and an MTP layer, which repeats the
     embedding and the output layer."""

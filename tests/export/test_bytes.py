@@ -1,6 +1,7 @@
 """A live export equals a conversion, byte for byte: every recipe, every sharding."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import halfbyte
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.schema import LAYOUTS, Layout
-from halfbyte.export import Exporter, Piece, Placement, headers, merge
+from halfbyte.export import Exporter, Piece, Placement, global_name, headers, merge
 from halfbyte.export.shards import to_megatron
 from halfbyte.formats import MXFP8
 from halfbyte.recipe.load import builtin_recipes, load_recipe
@@ -91,6 +92,35 @@ def test_experts_have_a_tensor_parallelism_of_their_own(
     same(found, read_all(tmp_path / "out"), f"tensor parallelism 2, of experts {etp}; expert parallelism {ep}")
 
 
+def test_pipelines(tmp_path: Path) -> None:
+    """Two pipeline ranks with two chunks each, in which layers and experts count from 0: walked as docs/rl.md does."""
+    source = ranks.deep().save(tmp_path / "model")
+    convert(source, tmp_path / "out", Options())
+    tensors, pieces = read_all(source), list[Piece]()
+    for pp, ep in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        placement = Placement(ep_rank=ep, ep_size=2, pp_rank=pp, pp_size=2, vp_size=2)
+        exporter = Exporter.like(source, Options(), placement=placement)
+        chunks: list[dict[str, Tensor]] = [{}, {}]
+        for name, tensor in to_megatron(exporter.model, tensors, placement).items():
+            layer = {"embedding": 0, "decoder.final_layernorm": 3}.get(
+                name.rpartition(".")[0].removesuffix(".word_embeddings")
+            )
+            layer = int(name.split(".")[2]) if layer is None else layer
+            if layer % 2 == pp:  # chunks are dealt out in turn, one layer each
+                local = name.replace(f"decoder.layers.{layer}.", "decoder.layers.0.")
+                local = re.sub(r"(experts\.linear_fc[12]\.weight)(\d)", lambda m: f"{m[1]}{int(m[2]) - 2 * ep}", local)  # noqa: B023
+                chunks[layer // 2][f"module.module.{local}"] = tensor
+        if pp == 1:  # the last stage's copy of what is tied
+            chunks[1]["module.module.output_layer.weight"] = tensors["model.embed_tokens.weight"]
+        named = [
+            (global_name(name, exporter.model, placement, stage), tensor)
+            for stage, chunk in enumerate(chunks)
+            for name, tensor in chunk.items()
+        ]
+        pieces += [piece for bucket in exporter.export(named) for piece in bucket.pieces]
+    same(merge(pieces, exporter.entries), read_all(tmp_path / "out"), "pipelines")
+
+
 def test_blocks_of_16_by_16(tmp_path: Path, directory: Callable[[str], Path]) -> None:
     source, options = directory("moe"), Options(format=halfbyte.NVFP4(block=(16, 16)))
     convert(source, tmp_path / "out", options)
@@ -131,7 +161,8 @@ def test_all_experts_of_a_rank_in_one_parameter(tmp_path: Path, directory: Calla
     same(merge(pieces, wanted), read_all(tmp_path / "out"), how)
 
 
-def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("bucket_bytes", [512 << 20, 30_000])
+def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path], bucket_bytes: int) -> None:
     """As FSDP has them: rows of every tensor on every rank, some with none."""
     source = directory("dense")
     convert(source, tmp_path / "out", Options())
@@ -144,10 +175,21 @@ def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path
         }
         return [Piece(name, t[slice(*edges[name])], 0, edges[name][0]) for name, t in tensors.items()]
 
-    maxima: list[list[Tensor]] = [[], [], []]
+    def make(rank: int, reduce: Any) -> Exporter:
+        return Exporter.like(source, Options(), reduce=reduce, bucket_bytes=bucket_bytes)
+
+    same(of_ranks(3, make, parts), read_all(tmp_path / "out"), "rows")
+
+
+def of_ranks(
+    world: int, make: Callable[[int, Any], Exporter], parts: Callable[[int], list[Piece]]
+) -> dict[str, Tensor]:
+    """Whole tensors of ranks that play one after the other, first to learn their maxima."""
+    maxima: list[list[Tensor]] = [[] for _ in range(world)]
+    entries, pieces = {}, list[Piece]()
     for recording in (True, False):
         pieces = []
-        for rank in range(3):
+        for rank in range(world):
             count = iter(range(1000))
 
             def reduce(found: Tensor, expert: bool, rank: int = rank, count: Any = count) -> Tensor:
@@ -157,9 +199,52 @@ def test_rows_dealt_out_unevenly(tmp_path: Path, directory: Callable[[str], Path
                 call = next(count)
                 return found if recording else torch.stack([of[call] for of in maxima]).amax(0)  # noqa: B023
 
-            exporter = Exporter.like(source, Options(), reduce=reduce)
+            exporter = make(rank, reduce)
+            entries = exporter.entries
             pieces += [piece for bucket in exporter.export(parts(rank)) for piece in bucket.pieces]
-    same(merge(pieces, exporter.entries), read_all(tmp_path / "out"), "rows")
+    return merge(pieces, entries)
+
+
+def test_stacked_experts_of_fsdp(tmp_path: Path) -> None:
+    """fully_shard deals out whole experts, and rows of all else: docs/rl.md's loop."""
+    model = small_moe()
+    convert(model.save(tmp_path / "model"), tmp_path / "out", Options())
+    stacked = stack(model).tensors
+
+    def make(rank: int, reduce: Any) -> Exporter:
+        options = {"placement": Placement(ep_rank=rank, ep_size=2), "reduce": reduce, "bucket_bytes": 10_000}
+        return Exporter(model.config, headers(stacked.items()), Options(), **options)
+
+    def parts(rank: int) -> list[Piece]:
+        return [piece for name, parameter in stacked.items() for piece in of_fsdp(name, parameter, rank)]
+
+    def of_fsdp(name: str, parameter: Tensor, rank: int) -> Iterator[Piece]:
+        each = -(-len(parameter) // 2)
+        start = min(rank * each, len(parameter))
+        local = parameter[start : start + each]
+        if local.dim() < 3:
+            yield Piece(name, local, dim=0, start=start)
+            return
+        module, _, leaf = name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for i, weight in enumerate(local):
+            for part, tensor in zip(leaves, weight.chunk(len(leaves)), strict=True):
+                yield Piece(f"{module}.{start + i}.{part}.weight", tensor)
+
+    same(of_ranks(2, make, parts), read_all(tmp_path / "out"), "FSDP")
+
+
+@pytest.mark.parametrize("bucket_bytes", [30_000, 60_000, 100_000])
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_ranks_close_buckets_at_the_same_weights(
+    directory: Callable[[str], Path], name: str, bucket_bytes: int
+) -> None:
+    """Of the vocabulary one rank has all 90 rows, the others nothing but padding; maxima are reduced by bucket."""
+    source, options = directory(name), Options()
+    wanted = Exporter.like(source, options).export_all(read_all(source).items())
+    for tp, ep in ((2, 1), (4, 2)):
+        every = Ranks(source, options, placements(tp, ep), bucket_bytes=bucket_bytes)
+        same(every.export(read_all(source)), wanted, f"tensor parallelism {tp}, expert parallelism {ep}")
 
 
 def test_buckets(directory: Callable[[str], Path]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from halfbyte import MXFP8, NVFP4, CheckpointError, Policy, quantize
 from halfbyte.checkpoint.options import Options
@@ -80,6 +82,17 @@ def test_half_of_a_parallel_pair_is_named_too() -> None:
 def test_what_does_not_fit(entry: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         list(exporter().export([entry]))
+
+
+def test_a_dtensor_is_named() -> None:
+    """As fully_shard makes of parameters: its memory is a part, its shape the whole's."""
+    mesh = DeviceMesh("meta", [0], _init_backend=False, _rank=0)
+    whole = ranks.dense().tensors[UP]
+    sharded = DTensor.from_local(whole, mesh, [Shard(0)], run_check=False)
+    for entry in ((UP, sharded), Piece(UP, sharded, 0)):
+        for call in (exporter().export, exporter().prepare):
+            with pytest.raises(CheckpointError, match=r"is a DTensor, of which a part is here; give that, as Piece"):
+                list(call([entry]))  # type: ignore[arg-type]
 
 
 def test_blocks_of_rows_are_not_cut() -> None:

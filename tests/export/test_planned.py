@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import halfbyte
-from halfbyte import MXFP8, NVFP4, CheckpointError
+from halfbyte import MXFP8, NVFP4, CheckpointError, Policy
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.weights import amaxes
 from halfbyte.export import Exporter, Piece, Placement, flatten, headers, merge, unflatten
@@ -110,11 +110,21 @@ def test_parameters_that_moved() -> None:
 class Stream:
     """What a CUDA stream is asked for, noted."""
 
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name, self.events = log, name, 0
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: self.log.append(name)
+    def record_event(self) -> str:
+        self.events += 1
+        return f"event {self.events} of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"all wait for {self.name}")
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -136,10 +146,12 @@ def test_buckets_that_overlap(moved: int | None, keep: bool, monkeypatch: pytest
         wanted = one.export_all(parameters.items())
     log: list[str] = []
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(log))
+    user = Stream(log, "user")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: user)
     monkeypatch.setattr(prepared, "_device", torch.device("cuda"))
-    monkeypatch.setattr(prepared, "_stream", Stream(log))
-    fill = prepared._fill
+    monkeypatch.setattr(prepared, "_stream", Stream(log, "side"))
+    fill, make = prepared._fill, prepared._make
+    monkeypatch.setattr(prepared, "_make", lambda: (log.append("plan"), make()))
     monkeypatch.setattr(prepared, "_fill", lambda k: (log.append(f"fill {k}"), fill(k)))
     found: dict[str, Tensor] = {}
     for number, bucket in enumerate(prepared.export()):
@@ -153,6 +165,33 @@ def test_buckets_that_overlap(moved: int | None, keep: bool, monkeypatch: pytest
         steps, ["fill 0", *[f"{what}" for k in range(last) for what in (f"fill {k + 1}", f"take {k}")], f"take {last}"]
     )
     true(last >= 4, "too few buckets to say anything")
+    equal(log.count("plan"), int(moved is not None))
+    if moved is not None:  # new memory is zeroed on the stream of whoever asks, and filled on the other
+        at = log.index("plan")
+        equal([log[at - 1], log[at + 1]], ["all wait for side", "side waits for user"])
+    for k in range(2, last + 1):  # what is filled anew has been used
+        if not keep:
+            true(
+                f"side waits for event {k - 1} of user" in log[: log.index(f"fill {k}")],
+                f"bucket {k} is not waited for",
+            )
+    for k in range(last + 1):
+        true(f"user waits for event {k + 1} of side" in log[: log.index(f"take {k}")], f"bucket {k} is not there yet")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_without_keys(rank: int) -> None:
+    """Eight tensor-parallel ranks share four query groups: one of two has a group's queries, the other the rest."""
+    model, name = ranks.dense(), "decoder.layers.0.self_attention.linear_qkv.weight"
+    one = exporter(model, placement=Placement(rank, 8, pp_size=2), reduce=lambda maxima, _: maxima)
+    shard = to_megatron(one.model, model.tensors, Placement())[name].chunk(8)[rank].contiguous()
+    found, wanted = (
+        {piece.name: piece for bucket in buckets for piece in bucket.pieces}
+        for buckets in (one.prepare([(name, shard)], keep=True).export(), one.export([(name, shard)]))
+    )
+    equal({key: (x.dim, x.start) for key, x in found.items()}, {key: (x.dim, x.start) for key, x in wanted.items()})
+    true(any(not piece.tensor.numel() for piece in wanted.values()), "this rank has some of all")
+    same({key: x.tensor for key, x in found.items()}, {key: x.tensor for key, x in wanted.items()})
 
 
 def test_not_finite_in_rows_that_are_not_gathered() -> None:
@@ -180,6 +219,33 @@ def test_not_finite(fmt: Any) -> None:
             list(prepared.export())
     parameters[name][3, 5] = good
     same(copied(prepared.export()), exporter(model, Options(format=fmt)).export_all(model.tensors.items()))
+
+
+def test_what_an_export_that_was_given_up_had_found() -> None:
+    """As where a receiver dies, before NaN in an earlier bucket was told of; the next export is of good weights."""
+    model = ranks.dense()
+    parameters = {name: tensor.clone() for name, tensor in model.tensors.items()}
+    prepared = exporter(model, Options(format=MXFP8())).prepare(parameters.items())
+    name = "model.layers.0.mlp.up_proj.weight"
+    parameters[name][3, 5] = float("nan")
+    buckets = prepared.export()
+    for _ in prepared.buckets:
+        next(buckets)
+    buckets.close()
+    parameters[name].copy_(model.tensors[name])
+    same(copied(prepared.export()), exporter(model, Options(format=MXFP8())).export_all(model.tensors.items()))
+
+
+def test_bytes_of_another_bucket_are_no_scales() -> None:
+    """Buckets share memory. lm_head's 360 scales end where another's elements were: -448, which is 254 as a scale."""
+    model = ranks.moe()
+    parameters = {n: torch.full_like(t, -1.75) if t.dim() == 2 else t for n, t in model.tensors.items()}
+    options = Options(format=MXFP8(), policy=Policy(include=("lm_head",)))
+    one = exporter(model, options, bucket_bytes=10_000)
+    prepared = one.prepare(parameters.items())
+    true("lm_head.weight_scale" in prepared.buckets[-1].tensors and len(prepared.buckets) > 4, "it comes last")
+    for _ in range(2):
+        same(copied(prepared.export()), one.export_all(parameters.items()))
 
 
 def test_what_cannot_be_prepared() -> None:

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from halfbyte import CheckpointError, Policy, names
+from halfbyte import NVFP4, CheckpointError, Policy, names
 from halfbyte.checkpoint.convert import convert
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.options import Options
@@ -16,6 +18,8 @@ from halfbyte.checkpoint.shards import Checkpoint, read_json
 from halfbyte.checkpoint.verify import open_quantized
 from halfbyte.export import Exporter, Placement, quantize_params
 from halfbyte.export.shards import to_megatron
+from halfbyte.nn import convert as convert_modules
+from halfbyte.recipe import TrainingRecipe
 
 from ..check import equal, true
 from ..checkpoint import models
@@ -72,6 +76,25 @@ def quantized_by_name(model: Model, policy: Policy) -> set[str]:
     return {name.module for name in parsed if policy.decide(name, layers).quantize}
 
 
+def converted(model: Model, policy: Policy) -> set[str]:
+    """What a trainer's `convert` makes of modules of these names."""
+    root = nn.Module()
+    for name, tensor in model.tensors.items():
+        *path, leaf, parameter = name.split(".")
+        if parameter != "weight" or tensor.dim() != 2 or leaf == "embed_tokens":
+            continue
+        at = root
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, nn.Module())
+            at = getattr(at, part)
+        at.add_module(leaf, nn.Linear(*reversed(tensor.shape), bias=False, device="meta", dtype=torch.bfloat16))
+    report = convert_modules(
+        root, TrainingRecipe(None, NVFP4(), policy=policy), decoder_layers=model.config["num_hidden_layers"]
+    )
+    return {layer.name for layer in report.converted}
+
+
 def modules_of(tensors: Any) -> set[str]:
     return {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
 
@@ -86,6 +109,7 @@ def test_all_stages_agree(tmp_path: Path, name: str, values: dict[str, Any]) -> 
     default = Policy(include_mtp="include_mtp" in values and len(values) > 1)
     true(not values or by_name != quantized_by_name(model, default), "as the default: the test compares too little")
 
+    equal(converted(model, policy), by_name, "training, module by module")
     plan = make_plan(Checkpoint(source), options)
     equal({item.name.module for item in plan.quantized}, by_name, "conversion's plan")
 

@@ -1,5 +1,6 @@
 """Where weights go in models that run: decoded, or as bytes, at the addresses that they had."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,31 @@ def test_modules_that_keep_quantized_tensors() -> None:
     same_bits(layer.weight.block_scale, one[f"{path}.weight_scale"])
     equal(layer.weight.tensor_scale, one[f"{path}.weight_scale_2"])
     equal(layer.weight.packed.data_ptr(), before)
+
+
+def test_a_model_that_has_moved_since() -> None:
+    """What would be written to is not what serves any more."""
+    tensors = {"norm.weight": torch.ones(16), "norm.scale": torch.ones(16)}
+
+    def change_parameter(root: Any) -> None:
+        root.norm.weight.data = root.norm.weight.data.clone()
+
+    def change_buffer(root: Any) -> None:
+        root.norm.scale = root.norm.scale.clone()
+
+    for change, name in ((change_parameter, "norm.weight"), (change_buffer, "norm.scale")):
+        root, norm = nn.Module(), nn.Module()
+        norm.weight = nn.Parameter(torch.zeros(16))
+        norm.register_buffer("scale", torch.zeros(16))
+        root.add_module("norm", norm)
+        pair, receiver = links(), Receiver(root)
+        sent = [Bucket(0, tuple(Piece(*tensor) for tensor in tensors.items()))]
+        change(root)
+        calls = [partial(Sender(pair[0]).send, sent, 1), partial(receiver.receive, pair[1])]
+        for error in together(*calls):
+            true(isinstance(error, SyncError) and f"{name}: is not where it was" in str(error), repr(error))
+        equal(together(calls[0], partial(Receiver(root).receive, pair[1])), [None, 1])
+        same_bits(getattr(norm, name[5:]).detach(), tensors[name])
 
 
 def test_a_model_that_cannot_be_written_to() -> None:

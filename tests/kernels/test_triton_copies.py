@@ -1,14 +1,20 @@
 """Many tensors copied in two launches; run as `test_triton_kernels.py` is."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 
+from halfbyte.export import Bucket, Piece, Receiver, Sender
 from halfbyte.kernels import copies
+from halfbyte.ops import copies as ops_copies
 
 from ..check import equal, same_bits, true
-from .test_triton_kernels import DEVICE, pytestmark  # noqa: F401
+from ..export.links import links, together
+from .test_triton_kernels import DEVICE, INTERPRETING, pytestmark  # noqa: F401
 
 SIZES = (4, 8, 12, 16, 20, 64, 4 * copies.CHUNK, 4 * copies.CHUNK + 4, 12 * copies.CHUNK - 16)  # bytes
 
@@ -39,3 +45,20 @@ def test_what_it_leaves_to_others() -> None:
     equal(copies.supports(torch.zeros(512, device=DEVICE)[1:101], torch.zeros(100, device=DEVICE)), False)
     equal(copies.supports(x[:6], x[16:22]), False)
     equal(copies.supports(x[:32:2], x[32:48]), False)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a link on the CPU, whose tensors kernels write to")
+def test_a_sync_gives_parameters_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which `reuse_weights` sees that what it keeps is old; kernels leave versions alone."""
+    monkeypatch.setattr(ops_copies, "pick", lambda *_: "triton")
+    model, pair = nn.Linear(16, 4), links()
+    sender, receiver = Sender(pair[0]), Receiver(model)
+    for step in range(1, 3):
+        new = {name: torch.full_like(x, step).detach() for name, x in model.named_parameters()}
+        bucket = Bucket(0, tuple(Piece(*named) for named in new.items()))
+        before = {name: x._version for name, x in model.named_parameters()}
+        send, receive = partial(sender.send, [bucket], step), partial(receiver.receive, pair[1])
+        equal(together(send, receive), [None, step])
+        for name, x in model.named_parameters():
+            same_bits(x.detach(), new[name], name)
+            true(x._version > before[name], f"version of {name} after step {step}")

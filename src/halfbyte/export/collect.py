@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ..checkpoint.plan import Plan, Planned
-from ..checkpoint.shards import tensor_dtype
+from ..checkpoint.shards import DTYPES, tensor_dtype
 from ..errors import CheckpointError
 from ..formats import NVFP4, Format
 from .pieces import Piece
+from .placement import Placement
 
 
 @dataclass(eq=False)
@@ -31,12 +33,14 @@ class Collector:
 
     Attributes:
         plan: what is expected.
-        alone: whether all of it is expected here.
-        ready: groups that are complete; ready_bytes: about how many bytes they make.
+        placement: of this rank.
+        ready: groups that are complete; ready_bytes: about how many bytes they make. Of what is cut it counts an equal
+            share, however uneven the parts: a bucket's maxima are reduced together, so all ranks must close it at the
+            same weight.
     """
 
     plan: Plan
-    alone: bool
+    placement: Placement
     ready: list[Ready] = field(default_factory=list)
     ready_bytes: int = 0
     seen: set[str] = field(default_factory=set)
@@ -68,12 +72,15 @@ class Collector:
 
     def _complete(self, group: tuple[Planned, ...], pieces: list[Piece]) -> None:
         self.ready.append(Ready(group, pieces))
-        size = sum(piece.tensor.numel() for piece in pieces)
-        fmt = group[0].format
-        if fmt is None:
-            self.ready_bytes += sum(piece.tensor.nbytes for piece in pieces)
-        else:
-            self.ready_bytes += size * 9 // 16 if isinstance(fmt, NVFP4) else size * 33 // 32
+        cut = {piece.name: piece.expert for piece in pieces if piece.dim is not None}
+        for item in group:
+            size = math.prod(item.shape)
+            if item.name.full in cut:
+                size = -(-size // self.placement.tensor(cut[item.name.full])[1])
+            if item.format is None:
+                self.ready_bytes += size * DTYPES[item.dtype].itemsize
+            else:
+                self.ready_bytes += size * 9 // 16 if isinstance(item.format, NVFP4) else size * 33 // 32
 
     def take(self) -> list[Ready]:
         """All that is ready; nothing of it is kept."""
@@ -89,7 +96,7 @@ class Collector:
                 f"{' and '.join(missing)} never came, but {' and '.join(members)} did; engines fuse them under one "
                 "tensor scale: give all of them"
             )
-        if self.alone:
+        if self.placement.pp_size * self.placement.ep_size == 1:  # all of it is expected here
             missing = [item.name.full for item in self.plan if item.name.full not in self.seen]
             if missing:
                 raise CheckpointError(f"{missing[0]} and {len(missing) - 1} other planned tensors never came")

@@ -196,6 +196,8 @@ def _is_needless(gather: Gather, group: WeightGroup) -> bool:
     mine = all(w.untyped_storage().data_ptr() == memory and w.is_contiguous() for w in group.weights)
     if not mine or sum(w.numel() for w in group.weights) != target.numel():
         return False
+    if not all(w.numel() for w in group.weights):  # with more ranks than query groups some have no keys
+        return False
     runs = [run for weight in group.weights for run in gather.runs(weight)]
     return all(run.numel() % (fmt.block_columns * PLACE_BLOCKS) == 0 and len(run) % fmt.block[0] == 0 for run in runs)
 
@@ -240,13 +242,15 @@ def bind(exporter: Exporter, draft: Draft, flat: Tensor, maxima: Tensor, scales:
     for job in draft.jobs:
         matrices = job.matrices
         groups = [i for i, unit in enumerate(job.units) for _ in unit.matrices]
-        _, blocks = places(matrices, job.format)
+        firsts, blocks = places(matrices, job.format)
         scale = flat[job.block_scale : job.block_scale + blocks]
         amax = maxima[job.amax : job.amax + len(matrices)]
         tensor_scale = scales[job.amax : job.amax + len(matrices)]
         if isinstance(job.format, MXFP8):
             elements = flat[job.elements : job.elements + 32 * blocks].view(torch.float8_e4m3fn)
-            draft.block_scales.append(scale)
+            counts = [matrix.numel() // 32 for matrix in matrices]
+            exact = [scale[first : first + count] for first, count in zip(firsts, counts, strict=True)]
+            draft.block_scales += [scale] if sum(counts) == blocks else exact  # another bucket's bytes between
         else:
             elements = flat[job.elements : job.elements + 8 * blocks]
             scale = scale.view(torch.float8_e4m3fn)

@@ -54,16 +54,19 @@ def update_engine(engine: Engine, buckets: Iterable[Bucket | FlatBucket], versio
         SyncError: something failed in between. The engine aborted the update and serves its old version; if it could
             not abort, that error is raised instead, and the engine stays paused.
     """
-    engine.pause()
+    has_begun = False
     try:
+        engine.pause()
         engine.flush_cache()
+        has_begun = True
         engine.start_update()
         for bucket in buckets:
             engine.load(bucket.tensors)
         engine.finish_update()
         engine.set_version(version)
     except BaseException as error:
-        engine.abort_update()
+        if has_begun:
+            engine.abort_update()
         engine.resume()
         raise SyncError(f"version {version} was not loaded ({error}); the old version serves on") from error
     engine.resume()

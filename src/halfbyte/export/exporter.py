@@ -96,7 +96,8 @@ class Exporter:
             input_scale: static input scales of NVFP4 weights: leave them out, or send ones; by default what
                 options.activations and the engine ask for.
             engine: who receives the tensors.
-            bucket_bytes: when a bucket is full; a single larger group makes a larger one.
+            bucket_bytes: when a bucket is full, of what is cut an equal share of each rank counted; a single larger
+                group makes a larger one.
             reduce: see `Reduce`; needed where weights come in parts.
             directory: what errors call the model.
 
@@ -178,7 +179,7 @@ class Exporter:
 
     def collector(self) -> Collector:
         """What sorts this rank's parameters into groups, once."""
-        return Collector(self.plan, self.placement.pp_size * self.placement.ep_size == 1)
+        return Collector(self.plan, self.placement)
 
     @property
     def layout(self) -> Layout:
@@ -197,9 +198,13 @@ class Exporter:
 
     def pieces_of(self, entry: tuple[str, Tensor] | Piece) -> list[Piece]:
         """Pieces of planned tensors, by the names that those have in the output."""
+        name, tensor = (entry.name, entry.tensor) if isinstance(entry, Piece) else entry
+        if hasattr(tensor, "to_local"):
+            raise CheckpointError(
+                f"{name}: is a DTensor, of which a part is here; give that, as Piece(name, x.to_local(), dim, start)"
+            )
         if isinstance(entry, Piece):
-            return [replace(entry, tensor=entry.tensor.detach())]
-        name, tensor = entry
+            return [replace(entry, tensor=tensor.detach())]
         if name not in self.sources:
             return to_pieces(self.model, name, tensor, self.placement)
         tensor = tensor.detach()

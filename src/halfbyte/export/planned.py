@@ -1,8 +1,8 @@
 """An export of the same parameters again and again: planned once, then little but kernels.
 
 Where everything lies is decided at the first time, see `drafts`: which weights are one matrix, in which bucket they go,
-at which byte. Kernels write there; nothing is copied but what stays in high precision. Each later export checks that the
-parameters are where they were, and plans anew if not.
+at which byte. Kernels write there; nothing is copied but what stays in high precision. Each later export checks that
+the parameters are where they were, and plans anew if not.
 
 Memory, besides the tables (a byte for about 200 weights): two buckets, of which one is filled while the other is
 sent, so that a bucket's bytes last until the next one is asked for. An engine that reads a sync's buckets only at its
@@ -70,6 +70,7 @@ class PreparedExport:
     def __init__(self, exporter: Exporter, named: Iterable[Named], *, keep: bool = False) -> None:
         self._exporter, self._named, self._keep = exporter, list(named), keep
         self._stream: Any = None
+        self._is_checked = True
         self._drafts: list[Draft] = []
         self._buffers: list[Tensor] = []
         self.buckets: list[FlatBucket] = []
@@ -97,6 +98,10 @@ class PreparedExport:
         """
         if not self._addresses:
             self._make()
+        if not self._is_checked:  # the last export was given up, with what it had found so far
+            self._wrong.zero_()
+            self._amax.zero_()
+        self._is_checked = False
         if self._device.type == "cuda":
             yield from self._overlapped()
         else:
@@ -105,6 +110,7 @@ class PreparedExport:
                 self._fill(i)
                 yield self.buckets[i]
         self._check()
+        self._is_checked = True
 
     def _follow(self, index: int) -> None:
         """Plan anew, where a parameter that a bucket needs is not where it was.
@@ -119,6 +125,8 @@ class PreparedExport:
             if index:
                 self._check()  # planned anew, it begins without the maxima of the buckets before
             self._make()
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which zeroes the new memory
 
     def _overlapped(self) -> Iterator[FlatBucket]:
         side: Any = self._stream
@@ -174,7 +182,6 @@ class PreparedExport:
         good = self._amax.isfinite().all() & ~self._wrong
         if bool(good):
             return
-        self._wrong.zero_()
         for unit in (unit for draft in self._drafts for job in draft.jobs for unit in job.units):
             if unit.gather is not None:
                 unit.gather()

@@ -73,8 +73,13 @@ class Receiver:
                 `link.problem` tells whether the link can be used again. Everyone on the link hears of it, and no one
                 takes that version.
         """
+        moved = self._targets.moved()  # while nothing has come yet
         start = link.hear()
         objection = self._objection(start, version)
+        if moved is not None:
+            objection = (
+                f"{moved}: is not where it was when the Receiver was made; make a new one for the model as it is"
+            )
         link.agree(objection, "the start of a sync")
         new, problem = int(start["version"]), None
         broken: list[Tensor] = []
@@ -191,8 +196,13 @@ class Receiver:
         changed: by a delta: what is staged changes with it.
         """
         if serving is not None:
-            serving.pause()
-            serving.flush_cache()
+            try:
+                serving.pause()
+                serving.flush_cache()
+            except Exception:
+                with suppress(Exception):  # nothing has been written: the old version can serve
+                    serving.resume()
+                raise
         old, self.version = self.version, None
         try:
             with torch.no_grad():
@@ -200,6 +210,7 @@ class Receiver:
                 base = _tensors(self._staging, self._staged) if changed else {}
                 for name, tensor in changed.items():
                     base[name].copy_(tensor)
+            self._targets.written()
             self._targets.synchronize()  # the engine may have streams of its own
         except BaseException as error:
             self._is_base = False

@@ -50,6 +50,7 @@ class Targets:
     """
 
     def __init__(self, model: Model) -> None:
+        self._model = model
         self._is_mapping = isinstance(model, Mapping)
         self._layers: int | None = None
         self._tensors: dict[str, Tensor] = {}
@@ -69,6 +70,22 @@ class Targets:
         self._devices = {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}
         self._alias = {name: seen[_memory(tensor, name)] for name, tensor in self._tensors.items()}
 
+    def moved(self) -> str | None:
+        """A tensor of the module that is not where it was, as after `model.to(…)`; None if all are."""
+        if not isinstance(self._model, nn.Module):
+            return None
+        now = {name: _memory(tensor, name) for name, tensor in _tensors_of(self._model)}
+        return next((name for name, x in self._tensors.items() if now.get(name) != _memory(x, name)), None)
+
+    def written(self) -> None:
+        """Give what was written to another version, by which others see that what they made of it is old.
+
+        A QuantizedTensor's parts have one already; an engine's tensors need none, and there may be 100,000 of them.
+        """
+        if isinstance(self._model, nn.Module):
+            plain = [x for x in self._tensors.values() if not isinstance(x, QuantizedTensor) and not x.is_inference()]
+            torch.autograd.graph.increment_version(plain)
+
     def synchronize(self) -> None:
         """Wait until all that was written on the current streams is there."""
         for device in self._devices:
@@ -85,7 +102,10 @@ class Targets:
         found = list(self._into_engine(shapes) if self._is_mapping else self._into_modules(shapes))
         written: dict[str, int] = {}
         for update in found:
-            written[update.name] = written.get(update.name, 0) + update.elements
+            if update.elements == self.sizes[update.name]:  # twice where tied weights come under both names
+                written[update.name] = update.elements
+            else:
+                written[update.name] = written.get(update.name, 0) + update.elements
         wrong = [name for name, size in self.sizes.items() if written.get(name, 0) != size]
         if full and wrong:
             raise SyncError(

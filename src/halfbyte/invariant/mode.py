@@ -268,6 +268,12 @@ def _elementwise(func: Any, input: Tensor, *args: Any, inplace: bool = False, **
     return fixed_forward(lambda x: ops.elementwise(ordinary, x), ordinary, input)
 
 
+def _add(func: Any, input: Tensor, other: Any, *args: Any, **options: Any) -> Tensor:
+    if args or (options.get("alpha", 1) != 1 and (not isinstance(input, Tensor) or input.is_floating_point())):
+        raise _error(func)  # a product and a sum, which are rounded once or twice
+    return _plain(func, input, other, **options)
+
+
 def _plain(func: Any, *args: Any, **options: Any) -> Tensor:
     result: Tensor = func(*args, **options)
     return result
@@ -300,7 +306,8 @@ _MEANS = frozenset(_functions("mean"))
 _ELEMENTWISE = (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "sigmoid", "expit", "erf",
     "silu", "gelu", "softplus", "mish", "elu", "selu", "celu", "logsigmoid", "pow", "__pow__",
-    "__rpow__", "float_power", "sinh", "cosh",
+    "__rpow__", "float_power", "sinh", "cosh", "rsqrt", "asin", "acos", "atan", "asinh", "acosh", "atanh", "erfc",
+    "atan2", "arctan2", "logaddexp", "logaddexp2",
 )  # fmt: skip
 _REFUSED = (
     "bmm", "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "inner", "einsum", "tensordot", "bilinear", "conv1d",
@@ -314,6 +321,7 @@ _REFUSED = (
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_functions(*_REFUSED), _refuse),
     **dict.fromkeys(_functions(*_ELEMENTWISE), _elementwise),
+    **dict.fromkeys(_functions("add", "add_", "sub", "sub_", "subtract", "subtract_", "rsub"), _add),
     **dict.fromkeys(_functions("linear"), _linear),
     **dict.fromkeys(_functions("matmul", "mm", "__matmul__"), _matmul),
     **dict.fromkeys(_functions("sum", "mean"), _sum),

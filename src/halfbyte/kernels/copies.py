@@ -62,7 +62,7 @@ def supports(target: Tensor, source: Tensor) -> bool:
 
 
 class Copies:
-    """What is copied where; see `halfbyte.ops.prepared.prepare_copies`. All pairs must satisfy `supports`."""
+    """What is copied where; see `halfbyte.ops.copies.prepare_copies`. All pairs must satisfy `supports`."""
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         self._kept = list(targets), list(sources)  # their memory must stay

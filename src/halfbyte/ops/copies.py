@@ -17,8 +17,8 @@ Pair = tuple[Tensor, Tensor]
 def prepare_copies(pairs: Iterable[Pair]) -> Callable[[], None]:
     """What copies each source to its target, whenever it is called; nothing synchronises.
 
-    On a GPU: two launches for all that lies as `kernels.copies` wants it, whose addresses are remembered. Elsewhere,
-    and for the rest, `torch._foreach_copy_` over the widest words that fit.
+    On a GPU: two launches for all that lies as `kernels.copies` wants it, whose addresses are remembered, and whose
+    versions stay. Elsewhere, and for the rest, `torch._foreach_copy_` over the widest words that fit.
 
     Args:
         pairs: (target, source), of one shape and dtype each, both contiguous or neither.
