@@ -3,6 +3,8 @@
 import functools
 import inspect
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,12 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 def pytest_configure() -> None:
-    """Several processes share the cores; each with threads for all of them, they would mostly wait for one another."""
+    """Several processes share the cores; each with threads for all of them, they would mostly wait for one another.
+
+    A job in the background ignores Ctrl-C, and so would the processes that are tested for it.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
