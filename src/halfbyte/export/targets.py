@@ -80,7 +80,7 @@ class Targets:
     def written(self) -> None:
         """Give what was written to another version, by which others see that what they made of it is old.
 
-        A QuantizedTensor's parts have one already; an engine's tensors need none, and there may be 100,000 of them.
+        A QuantizedTensor's parts have one already; an engine's tensors need none, and there may be 56,000 of them.
         """
         if isinstance(self._model, nn.Module):
             plain = [x for x in self._tensors.values() if not isinstance(x, QuantizedTensor) and not x.is_inference()]

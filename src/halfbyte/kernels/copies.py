@@ -1,8 +1,8 @@
 """Copy the same tensors again and again, each to its place, in two launches however many there are.
 
 Fewest bytes: each byte read and written once, so that the floor is that of a copy. `torch._foreach_copy_` reaches it
-too, but looks at every tensor again each time: 50 ms of Python's thread for the 147,000 tensors of a large model in 4
-bits. Here addresses are collected once, in tables in device memory.
+too, but looks at every tensor again each time: 6.4 ms for 12,000 tensors that an H200 copies in 1.7 ms, and a large
+model in 4 bits has 56,000. Here addresses are collected once, in tables in device memory.
 """
 
 # mypy: disable-error-code="no-untyped-def"
