@@ -177,29 +177,31 @@ def _unit(group: WeightGroup, pieces: list[Piece], gathers: list[Gather]) -> Uni
     if (joined := adjacent(group)) is not None:
         rows = [0, *itertools.accumulate(len(weight) for weight in group.weights)]
         return Unit(group, pieces, [joined], [(0, row) for row in rows[:-1]])
-    gather = next((gather for gather in gathers if _is_needless(gather, group)), None)
-    if gather is None:
-        return Unit(group, pieces, list(group.weights), [(i, 0) for i in range(len(group.weights))])
-    gathers[:] = [other for other in gathers if other is not gather]
-    runs = [gather.runs(weight) for weight in group.weights]
-    firsts = [0, *itertools.accumulate(map(len, runs))]
-    return Unit(group, pieces, [run for some in runs for run in some], [(first, 0) for first in firsts[:-1]], gather)
+    for i, gather in enumerate(gathers):
+        if (runs := _runs_instead(gather, group)) is not None:
+            del gathers[i]
+            firsts = [0, *itertools.accumulate(map(len, runs))]
+            where = [(first, 0) for first in firsts[:-1]]
+            return Unit(group, pieces, [run for some in runs for run in some], where, gather)
+    return Unit(group, pieces, list(group.weights), [(i, 0) for i in range(len(group.weights))])
 
 
-def _is_needless(gather: Gather, group: WeightGroup) -> bool:
-    """Whether it makes these weights and no others, and their rows can be quantized from where they are: runs of rows
-    are whole blocks, and where the results of one end the next one's begin."""
+def _runs_instead(gather: Gather, group: WeightGroup) -> list[list[Tensor]] | None:
+    """Each weight's rows where they are, if the gather makes these weights and no others, and they can be quantized
+    from there: runs of rows are whole blocks, and where the results of one end the next one's begin."""
     target, fmt = gather.target, group.format
     if not (isinstance(fmt, NVFP4) and gather.dim == 0 and gather.source.is_contiguous()):
-        return False
+        return None
     memory = target.untyped_storage().data_ptr()
     mine = all(w.untyped_storage().data_ptr() == memory and w.is_contiguous() for w in group.weights)
     if not mine or sum(w.numel() for w in group.weights) != target.numel():
-        return False
+        return None
     if not all(w.numel() for w in group.weights):  # with more ranks than query groups some have no keys
-        return False
-    runs = [run for weight in group.weights for run in gather.runs(weight)]
-    return all(run.numel() % (fmt.block_columns * PLACE_BLOCKS) == 0 and len(run) % fmt.block[0] == 0 for run in runs)
+        return None
+    runs = [gather.runs(weight) for weight in group.weights]
+    room, height = fmt.block_columns * PLACE_BLOCKS, fmt.block[0]
+    fits = all(run.numel() % room == 0 and len(run) % height == 0 for some in runs for run in some)
+    return runs if fits else None
 
 
 def _add_raw(draft: Draft, piece: Piece) -> None:
