@@ -27,7 +27,7 @@ from . import _target, quantize
 from ._launch import cdiv, launch
 from ._primitives import jit, tensor_scales
 from ._tiles import KINDS
-from ._waiting import SLOTS, publish_maximum, wait_maximum
+from ._waiting import SLOTS, maximum_words, publish_maximum, wait_maximum
 from .many import _DTYPES, ALIGNED, Quantized, supports
 from .stacked import AHEAD, amax_tile, tile_blocks
 
@@ -109,6 +109,8 @@ class Prepared:
         self.xs = list(xs)  # their memory must stay
         columns = [x.data_ptr() for x in xs], [x.numel() // 16 for x in xs], firsts, groups
         self._tensors = _Tensors._make(np.array(column, np.int64) for column in columns)
+        self._bb = min(TILE, tile_blocks(fmt))
+        self._even = bool((self._tensors.blocks % self._bb == 0).all())
         self._launches: dict[str, tuple[Tensor, Tensor]] = {}  # part → its table, its state
 
     def maxima(self) -> Tensor:
@@ -125,10 +127,9 @@ class Prepared:
     def _launch(self, part: str, maxima: Tensor | None) -> Tensor:
         """Returns the part's state."""
         x = self.xs[0]
-        bb = min(TILE, tile_blocks(self.fmt))
         is_plain = self.fmt.scale_rule == "amax" and not self.fmt.hadamard and x.dtype != torch.float32
         if part not in self._launches:
-            rows, words = _table(part, self._tensors, 16 * x.element_size(), bb)
+            rows, words = _table(part, self._tensors, 16 * x.element_size(), self._bb)
             padded = np.concatenate((rows, np.zeros((PREFETCH.value, 4), np.int64)))
             state = torch.empty(words, dtype=torch.int32, device=x.device)
             self._launches[part] = torch.from_numpy(padded).to(x.device), state
@@ -137,9 +138,9 @@ class Prepared:
             state.zero_()
         launch(
             _quantize, len(table) - PREFETCH.value, (table, state, state if maxima is None else maxima, *self.out), (),
-            PART=part, BB=bb, EVEN=bool((self._tensors.blocks % bb == 0).all()), AMAX_BB=AMAX_BLOCKS,
-            AMAX_STEPS=AMAX_STEPS, DTYPE=_DTYPES[x.dtype], KIND=KINDS[x.dtype], F=self.fmt,
-            NATIVE=_target.native_level(x.device), maxnreg=REGISTERS if is_plain and part == "both" else None,
+            PART=part, BB=self._bb, EVEN=self._even, AMAX_BB=AMAX_BLOCKS, AMAX_STEPS=AMAX_STEPS,
+            DTYPE=_DTYPES[x.dtype], KIND=KINDS[x.dtype], F=self.fmt, NATIVE=_target.native_level(x.device),
+            maxnreg=REGISTERS if is_plain and part == "both" else None,
         )  # fmt: skip
         return state
 
@@ -180,7 +181,7 @@ def _table(part: str, t: _Tensors, block_bytes: int, bb: int) -> tuple[Any, int]
     group = t.group[i]
     if part == "both":
         has_slots = group_tiles <= SLOTS.value
-        sizes = np.where(has_slots, group_tiles, 2)
+        sizes = np.array([maximum_words(tiles) for tiles in group_tiles.tolist()], np.int64)
         words = int(sizes.sum())
         by_group = np.argsort(t.group, kind="stable")
         earlier = np.empty(n, np.int64)  # tiles of the group's tensors before this one
