@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import halfbyte
 from ..check import equal, true
 from ..checkpoint import models
 from ..checkpoint.faults import Faults
-from ..checkpoint.test_faults import Place, failed, files, killed
+from ..checkpoint.test_faults import Place, failed, files, killed, killed_at_random
 
 pytest.importorskip("transformers")
 TINY = str(Path(halfbyte.__file__).parent / "data" / "tiny")
@@ -72,17 +71,7 @@ def test_killed_at_many_calls(place: Place) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_times(place: Place) -> None:
-    draw = random.Random(0)
-    for trial in range(16):
-        for attempt in range(draw.randint(1, 3)):
-            place.run(resume=attempt > 0 and place.work.exists(), kill_after_seconds=draw.uniform(0, 1.5))
-            place.check_no_half(f"trial {trial}")
-            if place.output.exists():
-                break
-        if place.output.exists() and not place.work.exists():
-            place.clear()
-        else:
-            place.check_resumes(f"trial {trial}")
+    killed_at_random(place, trials=16, seconds=1.5)
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])

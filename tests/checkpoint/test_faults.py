@@ -117,18 +117,7 @@ def test_killed_at_every_call(place: Place, fault: str) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_times(place: Place) -> None:
-    """Between system calls too: by another process, up to three times in a row."""
-    draw = random.Random(0)
-    for trial in range(60):
-        for attempt in range(draw.randint(1, 3)):
-            place.run(resume=attempt > 0 or place.work.exists(), kill_after_seconds=draw.uniform(0, 0.15))
-            place.check_no_half(f"trial {trial}")
-            if place.output.exists():
-                break
-        if place.output.exists() and not place.work.exists():
-            place.clear()
-        else:
-            place.check_resumes(f"trial {trial}")
+    killed_at_random(place, trials=60, seconds=0.15)
 
 
 @pytest.mark.slow
@@ -140,6 +129,21 @@ def test_a_resumed_run_is_killed_too(place: Place) -> None:
             if place.output.exists():
                 break
         place.check_resumes(f"trial {trial}")
+
+
+def killed_at_random(place: Place, trials: int, seconds: float) -> None:
+    """Within so many seconds, between system calls too: by another process, up to three times in a row."""
+    draw = random.Random(0)
+    for trial in range(trials):
+        for attempt in range(draw.randint(1, 3)):
+            place.run(resume=attempt > 0 or place.work.exists(), kill_after_seconds=draw.uniform(0, seconds))
+            place.check_no_half(f"trial {trial}")
+            if place.output.exists():
+                break
+        if place.output.exists() and not place.work.exists():
+            place.clear()
+        else:
+            place.check_resumes(f"trial {trial}")
 
 
 def failed(place: Place, fault: str, at: int, **order: Any) -> None:
