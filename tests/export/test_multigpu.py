@@ -105,3 +105,42 @@ def test_a_sender_killed_while_a_bucket_travels(tmp_path: Path) -> None:
     equal(receiver.version, 1)
     for name, tensor in exporter(MODEL).export_all(on("cuda:1", 1).items()).items():
         same_bits(engine[name], tensor, name)
+
+
+def receive_and_die(path: str) -> None:
+    """Version 1, and all of version 2 but its last bucket."""
+    torch.cuda.set_device(1)
+    receiver = Receiver(exporter(MODEL).export_all(on("cuda:1", 0).items()))
+    link = connect(dist.FileStore(path, 2), 1, 2, device="cuda:1", timeout=20.0)
+    receiver.receive(link)
+    link.hear()
+    link.agree(None, "the start of a sync")
+    for i in range(len(receiver._staging)):
+        link.hear()
+        if i == len(receiver._staging) - 1:
+            time.sleep(1.0)  # the sender's GPU is at it, and its host has nothing left to say about buckets
+            os._exit(9)
+        link.broadcast(receiver._staging[i])
+
+
+def test_a_receiver_killed_while_the_last_bucket_travels(tmp_path: Path) -> None:
+    """The sender's GPU would wait forever; the sender does not, and its parameters are as they were."""
+    child = multiprocessing.get_context("spawn").Process(target=receive_and_die, args=(str(tmp_path / "store"),))
+    child.start()
+    torch.cuda.set_device(0)
+    link = connect(dist.FileStore(str(tmp_path / "store"), 2), 0, 2, device="cuda:0", timeout=20.0)
+    parameters, sender = on("cuda:0", 1), Sender(link)
+    prepared = exporter(MODEL).prepare(parameters.items())
+    true(len(prepared.buckets) > 2, "nothing to cut in the middle")
+    sender.send(prepared.export(), 1)
+    start = time.monotonic()
+    with pytest.raises(SyncError, match="a partner is gone"):
+        sender.send(prepared.export(), 2)
+    true(time.monotonic() - start < 60, "it waited longer than twice the timeout")
+    child.join(60)
+    equal(child.exitcode, 9)
+    torch.cuda.synchronize(0)
+    wanted = exporter(MODEL).export_all(parameters.items())
+    for bucket in prepared.export():
+        for name, tensor in bucket.tensors.items():
+            same_bits(tensor, wanted[name], name)

@@ -178,10 +178,18 @@ class PreparedExport:
         return maxima
 
     def _check(self) -> None:
-        """By what was computed anyway, with one wait for the device."""
-        good = self._amax.isfinite().all() & ~self._wrong
-        if bool(good):
-            return
+        """By what was computed anyway, with one wait for the device.
+
+        On a GPU for the stream that quantizes: what is done with the buckets may take longer, or, where it is a
+        transfer whose partner has died, never end.
+        """
+        with torch.cuda.stream(self._stream):
+            good = bool(self._amax.isfinite().all() & ~self._wrong)
+            if not good:
+                self._complain()
+
+    def _complain(self) -> None:
+        """Name the weight that contains NaN or inf."""
         for unit in (unit for draft in self._drafts for job in draft.jobs for unit in job.units):
             if unit.gather is not None:
                 unit.gather()

@@ -35,7 +35,8 @@ class Sender:
         self.link = link
         self._known: set[str] = set()  # layouts that every receiver has
         self._flat: Tensor | None = None
-        self._stream: Any = torch.cuda.Stream(link.device) if link.device.type == "cuda" else None
+        # a seal that waits for room behind the next bucket's quantization holds up its own bucket
+        self._stream: Any = torch.cuda.Stream(link.device, priority=-1) if link.device.type == "cuda" else None
 
     def send(self, buckets: Iterable[Bucket | FlatBucket], version: int) -> None:
         """Send all of a model's weights.
@@ -92,8 +93,8 @@ class Sender:
             if self.link.problem is None:
                 self.link.say({"what": "abort", "reason": f"{type(error).__name__}: {error}"})
             raise
+        self.link.say({"what": "finish", "buckets": len(layouts)})  # while the last one travels
         self.link.settle()
-        self.link.say({"what": "finish", "buckets": len(layouts)})
         self.link.agree(None, "whether everything arrived")
         self._known = {layout.digest for layout in layouts}
         self.link.agree(None, "whether everyone has taken over")
