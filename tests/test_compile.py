@@ -12,7 +12,7 @@ import halfbyte as hb
 from halfbyte import ops
 from halfbyte.formats import E4M3_MAX_CHOICES
 from halfbyte.numerics import nvfp4
-from halfbyte.ops import custom
+from halfbyte.ops import backends, custom
 
 from .check import equal, same_bits
 
@@ -188,6 +188,16 @@ def test_transposed_goes_in_and_out(rng) -> None:
     for a, e in ((q.packed, swapped.transposed.packed), (q.transposed.packed, swapped.packed)):
         same_bits(a, e)
     same_bits(decoded, join(x).transposed.dequantize())
+
+
+def test_what_a_device_can_do_is_asked_without_a_warning() -> None:
+    """Of a cached function Dynamo warns; a warning is an error here."""
+
+    def find(x: Tensor) -> Tensor:
+        return x + (1 if backends._triton_runs_on(x.device) else 2)
+
+    torch._dynamo.reset()
+    same_bits(torch.compile(find, fullgraph=True, backend="eager")(torch.zeros(2)), torch.full((2,), 2.0))
 
 
 def test_quantize_is_one_operator() -> None:

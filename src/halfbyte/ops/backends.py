@@ -56,8 +56,13 @@ def pick(impl: str, device: torch.device) -> str:
     return impl
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo warns where it traces a cache
 def _triton_runs_on(device: torch.device) -> bool:
+    return _can_run_triton(device)
+
+
+@functools.cache
+def _can_run_triton(device: torch.device) -> bool:
     try:
         from ..kernels import _target
     except ImportError:  # Triton is not installed
