@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 import compiled
 import halfbyte as hb
@@ -16,6 +15,7 @@ import search
 from halfbyte import ops
 from halfbyte.numerics import mxfp8, nvfp4, swizzle
 from registry import Build, Call, Case, Shape, Table
+from timing import cold_median
 
 PLAIN, ROW, SQUARE = hb.NVFP4(), hb.NVFP4(scaling="row"), hb.NVFP4(block=(16, 16))
 FOUR_OVER_SIX = hb.NVFP4(scale_rule="four_over_six")
@@ -269,7 +269,7 @@ def medians(calls: Mapping[Any, Call]) -> dict[Any, float]:
     times = {}
     for name, call in calls.items():
         try:
-            times[name] = 1e-3 * float(do_bench(call, warmup=20, rep=100, return_mode="median"))
+            times[name] = cold_median(call)
         except RuntimeError as error:
             if COMPILED not in str(name):
                 raise
@@ -298,5 +298,6 @@ def table() -> Table:
             "quantize MXFP8": lambda: hb.quantize(x, MX),
             "dequantize": lambda: q.dequantize(torch.bfloat16),
             "fake quantize": lambda: hb.fake_quantize(x, PLAIN, amax=amax),
+            "torch's own x + x": lambda: x + x,  # a yardstick for the host
         },
     )

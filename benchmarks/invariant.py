@@ -36,6 +36,7 @@ from halfbyte.nn import convert
 from halfbyte.ops import invariant
 from halfbyte.recipe import TrainingRecipe
 from provenance import provenance
+from timing import cold_median
 
 DATA = Path(hb.__file__).parent / "data"
 ROW, PLAIN = hb.NVFP4(scaling="row"), hb.NVFP4()
@@ -198,9 +199,8 @@ def differences(device: str, small: bool, engine: bool) -> dict[str, Any]:
 
 
 def median(call: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return 1e3 * float(do_bench(call, warmup=20, rep=100, return_mode="median"))
+    """Microseconds."""
+    return 1e6 * cold_median(call)
 
 
 def matmuls(engine: bool) -> list[dict[str, Any]]:
