@@ -109,6 +109,26 @@ def test_attention(rng, dtype: torch.dtype, window: int | None) -> None:
             equal(found[:, :, at].abs().sum().item(), 0.0)
 
 
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=needs_gpu)])
+def test_attention_of_every_batch_and_head(rng, many: bool) -> None:
+    """Each sequence's and each key head's is what it is alone; many: more of them than a grid's second axis has."""
+    batch, queries = (33_000, 5) if many else (2, 41)
+    q = torch.randn(batch, 4, queries, 16, generator=rng).bfloat16().to(DEVICE)
+    k, v = (torch.randn(batch, 2, queries, 16, generator=rng).bfloat16().to(DEVICE) for _ in range(2))
+    mask = torch.ones(queries, queries, dtype=torch.bool, device=DEVICE).tril().expand(batch, 1, queries, queries)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = mask[: len(q)]
+        return attention.attention(q, k, v, seen, ops_invariant.key_bounds(seen), 0.25, 0.0)
+
+    found = call(q, k, v)
+    for at in (0, batch // 2, batch - 1):
+        for head in range(2):
+            group = slice(2 * head, 2 * head + 2)
+            alone = call(q[at : at + 1, group], k[at : at + 1, head : head + 1], v[at : at + 1, head : head + 1])
+            same_bits(found[at : at + 1, group], alone, f"sequence {at}, key head {head}")
+
+
 @needs_gpu
 def test_every_count_of_rows_on_a_gpu() -> None:
     """1 to 300 rows, and thousands: all tiles, of which the largest has 256 columns, agree."""

@@ -76,9 +76,10 @@ def _attention(
     BN: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     # first, last: of each query's keys, int32 [B, Q]; last is one more, and 0 where there are none
-    pair = tl.program_id(1).to(tl.int64)  # of batch and key head
+    tiles = tl.cdiv(queries * GROUP, BM)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)  # of batch and key head
     batch = pair // kv_heads
-    place = tl.program_id(0) * BM + tl.arange(0, BM)
+    place = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     query, head = place // GROUP, pair * GROUP + place % GROUP
     valid = query < queries
     first = tl.load(first_ptr + batch * queries + query, mask=valid, other=NONE)
@@ -131,7 +132,7 @@ def attention(
     bm, bn = (QUERIES, KEYS) if query.dtype != torch.float32 else (QUERIES // 2, KEYS // 2)
     bd, bv = max(16, next_power_of_2(size)), max(16, next_power_of_2(width))
     launch(
-        _attention, (cdiv(queries * group, bm), batch * kv_heads, 1),
+        _attention, cdiv(queries * group, bm) * batch * kv_heads,
         (aligned(query), aligned(key), aligned(value), mask.contiguous(), *bounds, out),
         (kv_heads,), (queries, keys, float(scaling), float(softcap)),
         GROUP=group, D=size, V=width, BD=bd, BV=bv, BM=bm, BN=bn, SOFTCAP=softcap > 0, KIND=KINDS[query.dtype],
