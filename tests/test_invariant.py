@@ -263,6 +263,15 @@ def test_attention(rng, window: int | None, softcap: float | None) -> None:
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_bounds_of_each_query() -> None:
+    rows = ["1110", "0111", "0110", "1011", "0101", "0000", "1111"]
+    mask = torch.tensor([[c == "1" for c in row] for row in rows])[None, None]
+    first, until, last = invariant.key_bounds(mask)
+    equal(first[0].tolist(), [0, 1, 1, 0, 1, 0x7FFFFFFF, 0])
+    equal(until[0, [0, 1, 2, 3, 4, 6]].tolist(), [3, 4, 3, 1, 2, 4])
+    equal(last[0].tolist(), [3, 4, 3, 4, 4, 0, 4])
+
+
 def test_enable_and_disable(rng) -> None:
     class Scores(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -92,11 +92,14 @@ def test_attention(rng, dtype: torch.dtype, window: int | None) -> None:
         q, seen = q[:, :, -9:], seen[-9:]
     mask = seen[None, None]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, by_mask: bool = False) -> Tensor:
         tensors = [t.to(DEVICE) for t in (q, k, v, mask)]
-        return attention.attention(*tensors, ops_invariant.key_bounds(tensors[3]), 0.3, 4.0).cpu()
+        first, until, last = ops_invariant.key_bounds(tensors[3])
+        until = torch.zeros_like(until) if by_mask else until
+        return attention.attention(*tensors, (first, until, last), 0.3, 4.0).cpu()
 
     found = call(q, k, v, mask)
+    same_bits(call(q, k, v, mask, by_mask=True), found, "each block by its mask")
     scores = 4 * torch.tanh(q.double() @ k.double().mT * (0.3 / 4))
     shares = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
     close(found, shares @ v.double(), 0.02 if dtype == torch.bfloat16 else 1e-5)

@@ -63,7 +63,7 @@ def attention(
     *,
     scaling: float,
     softcap: float | None = None,
-    bounds: tuple[Tensor, Tensor] | None = None,
+    bounds: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(softcap · tanh(query · keyᵀ · scaling / softcap))·value over the keys that mask has, for each query.
 
@@ -99,12 +99,17 @@ def _on_triton(x: Tensor) -> bool:
     return pick("auto", x.device) == "triton"
 
 
-def key_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each query's first key, and its last plus one (0: none), int32 (B, Q)."""
-    key = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    first = torch.where(mask, key, 0x7FFFFFFF).amin(-1)[:, 0].contiguous()
-    last = torch.where(mask, key + 1, 0).amax(-1)[:, 0].contiguous()
-    return first, last
+def key_bounds(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each query's first key, the first that it does not see after that, and its last plus one (0: none).
+
+    int32 (B, Q) each. A causal query sees all of its keys: the second is the third.
+    """
+    keys = mask.shape[-1]
+    key = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    first = torch.where(mask, key, 0x7FFFFFFF).amin(-1, keepdim=True)
+    until = torch.where(mask | (key < first), keys, key).amin(-1)
+    last = torch.where(mask, key + 1, 0).amax(-1)
+    return first[:, 0, :, 0].contiguous(), until[:, 0].contiguous(), last[:, 0].contiguous()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> None:
