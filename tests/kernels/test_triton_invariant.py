@@ -80,6 +80,21 @@ def test_row_sum(rng, n: int) -> None:
     same_bits(rows_kernel.row_sum(x.to(DEVICE)).cpu(), rows.row_sum(x))
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("n", [1, 5, 96, 4096, 5000])
+def test_softmax(rng, n: int, log: bool) -> None:
+    x = 9 * torch.randn(4, n, generator=rng)
+    x[0, 0] = -torch.inf
+    x[1] = -torch.inf
+    x[2, n // 2] = torch.nan
+    found = rows_kernel.softmax(x.to(DEVICE), log).cpu()
+    wanted = x.double().log_softmax(-1) if log else x.double().softmax(-1)
+    finite = wanted.isfinite()
+    equal(found[~finite], wanted[~finite].float(), "not finite")
+    close(found[finite], wanted[finite], 1e-5 * wanted[finite].abs() + 1e-6 * log, "float64's")
+    same_bits(rows_kernel.softmax(x[3:].to(DEVICE), log).cpu(), found[3:], "a row alone")
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention(rng, dtype: torch.dtype, window: int | None) -> None:

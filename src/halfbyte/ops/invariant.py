@@ -44,15 +44,25 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def softmax(x: Tensor) -> Tensor:
     """Along the last dimension of x, in its own precision."""
+    if x.dtype == torch.float32 and _on_triton(x):
+        return _softmax_kernel(x, False)
     e = elementwise(torch.exp, x - x.amax(-1, keepdim=True))
     return e / row_sum(e)[..., None]
 
 
 def log_softmax(x: Tensor) -> Tensor:
     """Along the last dimension of x, in its own precision."""
+    if x.dtype == torch.float32 and _on_triton(x):
+        return _softmax_kernel(x, True)
     x = x - x.amax(-1, keepdim=True)
     total = row_sum(elementwise(torch.exp, x))
     return x - elementwise(torch.log, total)[..., None]
+
+
+def _softmax_kernel(x: Tensor, log: bool) -> Tensor:
+    from ..kernels import rows as kernel
+
+    return kernel.softmax(x, log)
 
 
 def attention(
