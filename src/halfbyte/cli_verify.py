@@ -88,5 +88,5 @@ def verify(
 def _directory(name: str) -> Path:
     path = Path(name)
     if not path.is_dir():
-        raise FormatError(f"{path}: no such directory")
+        raise FormatError(f"{path}: no such directory; only with --for may it be a hub id")
     return path
