@@ -178,7 +178,7 @@ def test_training(out: Path) -> None:
     model = load_float32(DATA / "tiny")
     before = [type(module) for module in model.modules()]
     out.rename(out.parent / "another")
-    names = run("docs/training.md", 0, {"halfbyte": hb, "model": model, "source_dir": DATA / "tiny"})
+    names = run("docs/training.md", 0, {"model": model, "source_dir": DATA / "tiny"})
     true(names["report"].converted, "something was converted")
     equal([type(module) for module in model.modules()], before)
     true((out / "config.json").exists(), "the checkpoint is there")
@@ -193,7 +193,16 @@ def test_live_export(out: Path) -> None:
     prepared = run("docs/rl.md", 4, names)["prepared"]
     again = {name: tensor.clone() for bucket in prepared.export() for name, tensor in bucket.tensors.items()}
     equal(set(again), set(sent))
-    from halfbyte.export import apply_delta, make_delta
+    names = run("docs/rl.md", 6, {"previous": sent, "current": again})
+    equal(set(names["current"]), set(sent))
 
-    scope = {"previous": sent, "current": again, "make_delta": make_delta, "apply_delta": apply_delta}
-    equal(set(run("docs/rl.md", 6, scope)["current"]), set(sent))
+
+def test_rollout_as_the_trainer(out: Path) -> None:
+    out.rename(out.parent / "rollout")
+    from transformers import AutoModelForCausalLM
+
+    trainer = AutoModelForCausalLM.from_pretrained(DATA / "tiny", dtype=torch.bfloat16)
+    ids = torch.arange(5, 17)[None]
+    names = run("docs/rl.md", 7, {"trainer": trainer, "logits": torch.zeros(1, 12, 8), "ids": ids % 8})
+    with torch.no_grad():
+        equal(names["rollout"](ids).logits, names["trainer"].eval()(ids).logits)

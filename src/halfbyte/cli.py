@@ -231,11 +231,11 @@ app.command(
 @app.command(
     epilog=examples(
         "halfbyte dequantize out decoded",
-        "halfbyte dequantize ./deepseek-fp8 bf16",
+        "halfbyte dequantize deepseek-ai/DeepSeek-V3.1 bf16",
     )
 )
 def dequantize(
-    quantized_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint: directory or hub id.")],
     out_dir: Annotated[Path, typer.Argument(help="New directory for the decoded model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Device = "auto",
@@ -243,11 +243,13 @@ def dequantize(
 ) -> None:
     """Write the values that a quantized checkpoint decodes to as an ordinary model: NVFP4, or what `convert` reads."""
     from .checkpoint.dequantize import dequantize as run
+    from .checkpoint.hub import resolve
     from .report.console import size
 
     with errors(as_json):
+        source = resolve(model)
         with progress("dequantize", None) as advance:
-            written = run(quantized_dir, out_dir, dtype=dtype, device=usable_device(device), progress=advance)
+            written = run(source, out_dir, dtype=dtype, device=usable_device(device), progress=advance)
         data = {"output": str(out_dir), "bytes": written, "dtype": dtype}
         emit(as_json, lambda: data, lambda console: console.print(f"[bold]{out_dir}[/]: {size(written)} in {dtype}"))
 
