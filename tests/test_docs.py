@@ -20,6 +20,8 @@ from halfbyte.checkpoint.options import Options
 from halfbyte.cli import app
 from halfbyte.demo import DATA
 from halfbyte.evaluate import load_float32
+from halfbyte.nn import read_rules
+from halfbyte.recipe import load_recipe
 
 from .check import equal, true
 
@@ -172,6 +174,14 @@ def test_quickstart(out: Path) -> None:
 def test_tensor(rng: torch.Generator) -> None:
     names = run("docs/tensor.md", 0, {"hb": hb, "x": torch.randn(32, 64, generator=rng), "fmt": hb.NVFP4()})
     equal(names["q"].shape, torch.Size([32, 64]))
+
+
+def test_yaml(tmp_path: Path) -> None:
+    for page, read in (("docs/recipes.md", load_recipe), ("docs/training.md", read_rules)):
+        (text,) = blocks(ROOT / page, "yaml")
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        true(read(str(file)), f"{page}: is read")
 
 
 def test_training(out: Path) -> None:
