@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from typer.main import get_command
@@ -63,10 +62,8 @@ def command_lines(page: Path) -> Iterator[str]:
 def parses(line: str) -> None:
     """The command exists and takes these options and arguments; nothing is run."""
     name, *arguments = shlex.split(line.partition("halfbyte ")[2])
-    try:
-        COMMANDS.commands[name].make_context(name, arguments, resilient_parsing=False)
-    except click.ClickException as error:
-        raise AssertionError(f"{line}: {error.format_message()}") from error
+    true(name in COMMANDS.commands, f"{line}: no such command")
+    COMMANDS.commands[name].make_context(name, arguments)
 
 
 @pages
