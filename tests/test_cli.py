@@ -14,7 +14,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from halfbyte import __version__
+from halfbyte import __version__, evaluate
 from halfbyte.checkpoint import convert as converting
 from halfbyte.checkpoint import hub, weights
 from halfbyte.checkpoint.shards import ShardWriter
@@ -52,9 +52,38 @@ def source(tmp_path: Path) -> Path:
     return models.moe(shared="shared_expert").save(tmp_path / "source", 2)
 
 
-@pytest.mark.parametrize("command", ["convert", "recipes", "verify", "inspect", "diff", "dequantize", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "calibrate", "recipes", "verify", "inspect", "diff", "dequantize", "demo"]
+)
 def test_help_has_examples(command: str) -> None:
     has(succeeds(command, "--help"), "Example", f"halfbyte {command}")
+
+
+def test_names_stay_whole_in_a_pipe(source: Path) -> None:
+    done = CliRunner(env={"COLUMNS": "40"}).invoke(app, ["convert", str(source), "out", "--dry-run"])
+    has(done.stdout, "model.layers.1.mlp.shared_expert_gate.weight")
+    true(all(line == line.rstrip() or "Plan:" in line for line in done.stdout.splitlines()), "no trailing spaces")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: model, text"),
+        (["no", "text"], "no/config.json: no such file"),
+        (["source", "text"], "text: not UTF-8 text"),
+        (["source", "no"], "No such file or directory: 'no'"),
+        (["source", "source/config.json", "1", "all"], "choose from"),
+    ],
+)
+def test_evaluate_refuses(
+    tmp_path: Path, source: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    equal(stopped.value.code, 2)
+    has(capsys.readouterr().err, said)
 
 
 def test_help_names_every_option_of_convert() -> None:
@@ -167,7 +196,7 @@ def test_constant_activations_come_with_a_warning(tmp_path: Path, source: Path) 
         (["--only", "moe"], "only='moe': choose one of 'all', 'mlp', 'experts', 'routed_experts'"),
         (["--kv-cache", "int8"], "kv_cache='int8': choose one of none, fp8"),
         (["--activations", "dynamic"], "activations='dynamic': choose one of none, constant"),
-        (["--ignore", "layers.7"], "--ignore layers.7 matches no tensor; see `--dry-run` for their names"),
+        (["--ignore", "layers.7"], "--ignore layers.7 matches no tensor; `--dry-run` without it lists their names"),
         (["--ignore", "*"], "nothing to quantize under these options"),
         (["--num-layers-at-end-in-bf16", "-1"], "must not be negative"),
         (["--max-shard-gb", "0"], "--max-shard-gb 0.0: must be positive"),

@@ -70,6 +70,8 @@ def test_import_has_no_effects() -> None:
 
 def test_public_names() -> None:
     equal(halfbyte.__all__, PUBLIC)
+    offered = set(dir(halfbyte))  # by completion
+    true(offered >= set(PUBLIC) and not offered & {"Any", "TYPE_CHECKING"}, f"{sorted(offered)}")
     for name in PUBLIC:
         true(hasattr(halfbyte, name), f"{name} is in __all__ only")
 

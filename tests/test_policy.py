@@ -156,6 +156,8 @@ def test_unmatched() -> None:
     [
         ({"only": "moe"}, "only='moe': choose one of 'all', 'mlp', 'experts', 'routed_experts'"),
         ({"num_layers_at_start_in_bf16": -1}, "num_layers_at_start_in_bf16=-1: must not be negative"),
+        ({"num_layers_at_end_in_bf16": "1"}, "num_layers_at_end_in_bf16='1': must be an integer"),
+        ({"extra_high_precision_layers_hf": "lm"}, "extra_high_precision_layers_hf='lm': takes several patterns"),
         ({"num_layers_at_end_in_bf16": -2}, "num_layers_at_end_in_bf16=-2: must not be negative"),
     ],
 )

@@ -229,3 +229,12 @@ def test_mtp_layers_are_left_out(tmp_path: Path) -> None:
 def test_what_transformers_refuses(tmp_path: Path, model: models.Model) -> None:
     with pytest.raises(halfbyte.HalfbyteError):
         halfbyte.load(make(model, tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda", "no CUDA GPU is usable here; use device='cpu'"), ("gpu", "not a device")]
+)
+def test_devices_that_are_not_here(device: str, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        halfbyte.load("anything", device=device)

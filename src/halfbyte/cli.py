@@ -14,7 +14,7 @@ from .checkpoint.options import Options
 from .checkpoint.schema import Layout
 from .cli_calibrate import calibrate
 from .cli_inspect import diff, inspect
-from .cli_tools import Device, Json, emit, errors, progress, resumable, status, usable_device, warn
+from .cli_tools import Device, Json, emit, errors, examples, progress, resumable, status, usable_device, warn
 from .cli_verify import verify
 from .errors import FormatError
 from .formats import E4M3_MAX_CHOICES, MXFP8, NVFP4, Format
@@ -32,13 +32,15 @@ app = typer.Typer(
 
 
 @app.command(
-    epilog="Examples: `halfbyte convert Qwen/Qwen3-0.6B out` · "
-    "`halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors` · "
-    "`halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run` · "
-    "`halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8` · "
-    "`halfbyte convert deepseek-ai/DeepSeek-V3.1 out --format mxfp8` · "
-    "`halfbyte convert ./model out --resume` · "
-    "`torchrun --nproc-per-node 8 -m halfbyte convert ./model out`"
+    epilog=examples(
+        "halfbyte convert Qwen/Qwen3-0.6B out",
+        "halfbyte convert ./model out --scale-rule four_over_six --layout compressed-tensors",
+        "halfbyte convert ./moe out --only experts --activations constant --kv-cache fp8 --dry-run",
+        "halfbyte convert ./model out --recipe nvfp4-search --set kv_cache=fp8",
+        "halfbyte convert deepseek-ai/DeepSeek-V3.1 out --format mxfp8",
+        "halfbyte convert ./model out --resume",
+        "torchrun --nproc-per-node 8 -m halfbyte convert ./model out",
+    )
 )
 def convert(
     ctx: typer.Context,
@@ -163,13 +165,20 @@ def convert(
 
 
 app.command(
-    epilog="Examples: `halfbyte calibrate Qwen/Qwen3-0.6B out --recipe nvfp4-gptq` · "
-    "`halfbyte calibrate ./moe out --recipe nvfp4-gptq --data chats.jsonl --samples 256 --every-expert` · "
-    "`torchrun --nproc-per-node 4 -m halfbyte calibrate ./model out --recipe nvfp4-gptq --data text.txt`"
+    epilog=examples(
+        "halfbyte calibrate Qwen/Qwen3-0.6B out --recipe nvfp4-gptq",
+        "halfbyte calibrate ./moe out --recipe nvfp4-gptq --data chats.jsonl --samples 256 --every-expert",
+        "torchrun --nproc-per-node 4 -m halfbyte calibrate ./model out --recipe nvfp4-gptq --data text.txt",
+    )
 )(calibrate)
 
 
-@app.command(epilog="Examples: `halfbyte recipes` · `halfbyte recipes nvfp4-search > mine.yaml`")
+@app.command(
+    epilog=examples(
+        "halfbyte recipes",
+        "halfbyte recipes nvfp4-search > mine.yaml",
+    )
+)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML instead of the list.")] = None,
     as_json: Json = False,
@@ -193,25 +202,40 @@ def recipes(
 
 
 app.command(
-    epilog="Examples: `halfbyte verify out` · `halfbyte verify out --source ./model --json` · "
-    "`halfbyte verify nvidia/Qwen3-8B-NVFP4 --for vllm,sglang --tp 4` · `halfbyte verify out --for all`"
+    epilog=examples(
+        "halfbyte verify out",
+        "halfbyte verify out --source ./model --json",
+        "halfbyte verify nvidia/Qwen3-8B-NVFP4 --for vllm,sglang --tp 4",
+        "halfbyte verify out --for all",
+    )
 )(verify)
 
 
 app.command(
-    epilog="Examples: `halfbyte inspect out` · `halfbyte inspect out --against ./model --html report.html` · "
-    "`halfbyte inspect nvidia/Qwen3-8B-NVFP4 --json`"
+    epilog=examples(
+        "halfbyte inspect out",
+        "halfbyte inspect out --against ./model --html report.html",
+        "halfbyte inspect nvidia/Qwen3-8B-NVFP4 --json",
+    )
 )(inspect)
 
 
 app.command(
-    epilog="Examples: `halfbyte diff out other-out` · `halfbyte diff out nvidia/Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B`"
+    epilog=examples(
+        "halfbyte diff out other-out",
+        "halfbyte diff out nvidia/Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B",
+    )
 )(diff)
 
 
-@app.command(epilog="Examples: `halfbyte dequantize out decoded` · `halfbyte dequantize ./deepseek-fp8 bf16`")
+@app.command(
+    epilog=examples(
+        "halfbyte dequantize out decoded",
+        "halfbyte dequantize deepseek-ai/DeepSeek-V3.1 bf16",
+    )
+)
 def dequantize(
-    quantized_dir: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint: directory or hub id.")],
     out_dir: Annotated[Path, typer.Argument(help="New directory for the decoded model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Device = "auto",
@@ -219,16 +243,18 @@ def dequantize(
 ) -> None:
     """Write the values that a quantized checkpoint decodes to as an ordinary model: NVFP4, or what `convert` reads."""
     from .checkpoint.dequantize import dequantize as run
+    from .checkpoint.hub import resolve
     from .report.console import size
 
     with errors(as_json):
+        source = resolve(model)
         with progress("dequantize", None) as advance:
-            written = run(quantized_dir, out_dir, dtype=dtype, device=usable_device(device), progress=advance)
+            written = run(source, out_dir, dtype=dtype, device=usable_device(device), progress=advance)
         data = {"output": str(out_dir), "bytes": written, "dtype": dtype}
         emit(as_json, lambda: data, lambda console: console.print(f"[bold]{out_dir}[/]: {size(written)} in {dtype}"))
 
 
-@app.command(epilog="Example: `halfbyte demo`")
+@app.command(epilog=examples("halfbyte demo"))
 def demo(
     out_dir: Annotated[
         Path | None, typer.Argument(help="Keep the converted checkpoints here; by default they are removed.")

@@ -36,7 +36,7 @@ def inspect(
         path = resolve(checkpoint)
         source = None if against is None else resolve(against)
         if html is not None and not html.absolute().parent.is_dir():
-            raise FormatError(f"--html {html}: no such directory to put it in")
+            raise FormatError(f"--html {html}: no such directory to put it in; create it first")
         with progress("inspect", Checkpoint(path).nbytes) as advance:
             found = run(path, source, usable_device(device), advance)
         if html is not None:

@@ -26,6 +26,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …")]
 
 
+def examples(*commands: str) -> str:
+    """The end of a command's --help: a list, so that each can be copied."""
+    return "\n\n".join(["Examples:", *(f"* `{command}`" for command in commands)])
+
+
 def usable_device(name: str) -> str:
     """The device that --device names, "auto" resolved."""
     import torch
@@ -44,11 +49,14 @@ def usable_device(name: str) -> str:
 
 
 def emit(as_json: bool, data: Callable[[], dict[str, Any]], show: Callable[[Console], None]) -> None:
-    """Print a result, as JSON or for people."""
+    """Print a result, as JSON or for people; where no terminal's width is to be kept to, names stay whole, for grep."""
     if as_json:
         print(json.dumps(data(), indent=2, ensure_ascii=False))
     else:
-        show(Console())
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 250)
+        show(console)
 
 
 def warn(message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,9 @@ from .errors import FormatError
 
 
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint; with --for, anyone's.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A quantized checkpoint: directory or hub id; with --for, anyone's.")
+    ],
     source: Annotated[
         str | None, typer.Option(help="The model it was made from: recompute it and compare every byte.")
     ] = None,
@@ -47,7 +48,7 @@ def verify(
         if tp < 1 or (tp > 1 and engines is None):
             raise FormatError(f"--tp {tp}: a positive number, together with --for")
         wanted = None if engines is None else parse_engines(engines)
-        out_dir = _directory(checkpoint) if engines is None else resolve(checkpoint)
+        out_dir = resolve(checkpoint)
         total = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
         if wanted is None:
             with progress("structure", total) as advance:
@@ -83,10 +84,3 @@ def verify(
 
     emit(as_json, lambda: data, show)
     raise typer.Exit(0 if ok else 1)
-
-
-def _directory(name: str) -> Path:
-    path = Path(name)
-    if not path.is_dir():
-        raise FormatError(f"{path}: no such directory")
-    return path

@@ -8,18 +8,18 @@ them.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint.config import is_quantized
 from .checkpoint.shards import read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, HalfbyteError
 
 if TYPE_CHECKING:
     from .serving import Activations
@@ -65,16 +65,28 @@ def load_float32(path: Path, activations: Activations = "stored") -> Any:
     return loaded.eval()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the perplexity of a model directory on a text file."""
-    from transformers import AutoTokenizer
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the perplexity of a model directory on a text file; what cannot be read ends with exit code 2."""
+    parser = argparse.ArgumentParser("python -m halfbyte.evaluate", description="Perplexity of a model on a text.")
+    parser.add_argument("model", type=Path, help="directory of a model, quantized or not")
+    parser.add_argument("text", type=Path, help="UTF-8 text")
+    parser.add_argument("windows", type=int, nargs="?", default=16, help="of 511 tokens, at most (16)")
+    parser.add_argument("activations", nargs="?", default="stored", choices=("stored", "none", "row"))
+    given = parser.parse_args(arguments)
+    try:
+        read_json(given.model / "config.json")  # transformers would look for a missing directory on the hub
+        text = given.text.read_text(encoding="utf-8")
+        from transformers import AutoTokenizer
 
-    path, text = Path(arguments[0]), Path(arguments[1]).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    batches = windows(tokenizer, text, int(arguments[2]) if len(arguments) > 2 else 16)
-    activations = cast("Activations", arguments[3]) if len(arguments) > 3 else "stored"
-    print(f"{len(batches)} windows, perplexity {perplexity(load_float32(path, activations), batches):.4f}")
+        tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=False)
+        batches = windows(tokenizer, text, given.windows)
+        result = perplexity(load_float32(given.model, given.activations), batches)
+    except UnicodeDecodeError as error:
+        parser.error(f"{given.text}: not UTF-8 text ({error})")
+    except (HalfbyteError, OSError) as error:
+        parser.error(str(error))
+    print(f"{len(batches)} windows, perplexity {result:.4f}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

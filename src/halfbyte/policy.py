@@ -67,10 +67,16 @@ class Policy:
         if self.only not in ("all", *_ONLY_KINDS):
             raise FormatError(f"only={self.only!r}: choose one of 'all', 'mlp', 'experts', 'routed_experts'")
         for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-            if getattr(self, field) < 0:
-                raise FormatError(f"{field}={getattr(self, field)}: must not be negative")
+            count = getattr(self, field)
+            if type(count) is not int:
+                raise FormatError(f"{field}={count!r}: must be an integer")
+            if count < 0:
+                raise FormatError(f"{field}={count}: must not be negative")
         for field in self._patterns():
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            patterns = getattr(self, field)
+            if isinstance(patterns, str):  # whose letters would be patterns
+                raise FormatError(f"{field}={patterns!r}: takes several patterns: use ({patterns!r},)")
+            object.__setattr__(self, field, tuple(patterns))
 
     @classmethod
     def _patterns(cls) -> tuple[str, ...]:

@@ -61,13 +61,14 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete for its architecture, or of an unknown kind.
-        UnsupportedError: transformers is not installed, or has no place to quantize a layer's activations, or the
-            model cannot be batch-invariant.
+        UnsupportedError: transformers is not installed, or has no place to quantize a layer's activations; device is
+            not here; or the model cannot be batch-invariant.
     """
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype={dtype}: choose torch.bfloat16, torch.float16 or torch.float32")
     if activations not in ("stored", "none", "row"):
         raise CheckpointError(f"activations={activations!r}: choose 'stored', 'none' or 'row'")
+    _check_device(device)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -100,6 +101,16 @@ def load(
     if batch_invariant:
         invariant.enable(runnable)
     return runnable
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Before anything is read."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UnsupportedError(f"device={device!r}: not a device; such as 'cpu' or 'cuda:0'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device={str(device)!r}: no CUDA GPU is usable here; use device='cpu'")
 
 
 def save_quantized(

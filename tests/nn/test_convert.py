@@ -132,6 +132,8 @@ def test_errors_change_nothing() -> None:
     ):
         with pytest.raises(FormatError, match=message):
             convert(model, recipe)
+    with pytest.raises(FormatError, match=r"model is Parameter; needs a torch\.nn\.Module"):
+        convert(nn.Linear(16, 16).weight, TrainingRecipe())
     with pytest.raises(FormatError, match="the model has no Linear layer"):
         convert(nn.LayerNorm(4), TrainingRecipe())
     equal({type(m) for m in model.modules() if isinstance(m, nn.Linear)}, {nn.Linear})

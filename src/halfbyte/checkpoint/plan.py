@@ -122,7 +122,9 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
     if found is None:
         _check_patterns(items, options, where)
     if not any(item.format for item in items):
-        raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
+        reasons = Counter(item.decision.reason for item in items if item.linear)
+        kept = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "it has no Linear weight"
+        raise CheckpointError(f"{where}: nothing to quantize under these options: {kept}")
     for item in items:
         if item.linear:
             _check_dtype(item, source)
@@ -261,7 +263,7 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
 def _check_patterns(items: list[Planned], options: Options, where: object) -> None:
     """Every pattern of the policy and every override selects something: one that does not is most likely misspelt."""
     if unmatched := options.policy.unmatched(item.name for item in items):
-        remedy = "see `--dry-run` for their names"
+        remedy = "`--dry-run` without it lists their names"
         if any(pattern.startswith("--include ") for pattern in unmatched):
             remedy += "; embeddings, norms and convolutions cannot be included"
         raise CheckpointError(f"{where}: {', '.join(unmatched)} matches no tensor; {remedy}")
@@ -273,8 +275,8 @@ def _check_patterns(items: list[Planned], options: Options, where: object) -> No
             if quantized and not any(test.selects(name) for name in quantized):
                 what = ", ".join(test.match or test.kinds)
                 raise CheckpointError(
-                    f"{where}: override {i}: {what} selects no weight that is quantized; remove it, or see `--dry-run` "
-                    "for the names"
+                    f"{where}: override {i}: {what} selects no weight that is quantized; remove it; `--dry-run` "
+                    "without it lists the names"
                 )
 
 

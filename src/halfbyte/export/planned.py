@@ -4,7 +4,7 @@ Where everything lies is decided at the first time, see `drafts`: which weights 
 at which byte. Kernels write there; nothing is copied but what stays in high precision. Each later export checks that
 the parameters are where they were, and plans anew if not.
 
-Memory, besides the tables (a byte for about 200 weights): two buckets, of which one is filled while the other is
+Memory, besides the tables (a byte for about 150 weights): two buckets, of which one is filled while the other is
 sent, so that a bucket's bytes last until the next one is asked for. An engine that reads a sync's buckets only at its
 end, as those with IPC handles may, needs keep=True: each bucket then has memory of its own, as much as the quantized
 model in all, at the same addresses every time.

@@ -65,11 +65,14 @@ def convert(
         groups: process groups over which maxima are reduced, by default none.
 
     Raises:
-        FormatError: nothing is selected, a pattern matches nothing, or a module is converted already.
+        FormatError: model or recipe is something else, nothing is selected, a pattern matches nothing, or a module is
+            converted already.
         UnsupportedError: the recipe is batch-invariant, and the model cannot be.
     """
     if not isinstance(recipe, TrainingRecipe):
         raise FormatError(f"recipe={recipe!r}: needs a TrainingRecipe")
+    if not isinstance(model, nn.Module):
+        raise FormatError(f"model is {type(model).__name__}; needs a torch.nn.Module")
     found = {name: module for name, module in model.named_modules() if _is_candidate(module)}
     if done := [name for name, module in found.items() if hasattr(module, "quantization")]:
         raise FormatError(f"{done[0]}: converted already; call revert(model) first")

@@ -68,7 +68,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
     console.print(f"findings: {counted(found.remarks)}")
     for remark in found.remarks[:SHOWN]:
         text = (remark.severity, _COLORS[remark.severity]), visible(f" {remark.where}: {remark.what}")
-        console.print(Padding(Text.assemble(*text), (0, 0, 0, 2)))
+        console.print(Padding(Text.assemble(*text), (0, 0, 0, 2), expand=False))
     if len(found.remarks) > SHOWN:
         console.print(f"  {len(found.remarks) - SHOWN} more: --html FILE or --json", style="dim")
 

@@ -42,4 +42,4 @@ def _print_rule(console: Console, objections: list[Objection]) -> None:
         lines.append(Text(f"… and {len(objections) - SHOWN} more (--json lists all)", style="dim"))
     lines.append(Text(f"source: {first.source}", style="dim"))
     for i, line in enumerate(lines):
-        console.print(Padding(line, (0, 0, 0, 6 if i else 4)))
+        console.print(Padding(line, (0, 0, 0, 6 if i else 4), expand=False))

@@ -21,5 +21,5 @@ def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:
         activations = f"activations {recipe.activations}" if recipe.activations != "none" else ""
         kv_cache = f"KV cache {recipe.kv_cache}" if recipe.kv_cache != "none" else ""
         facts = "; ".join(filter(None, (formats_name(recipe.options()), only, activations, kv_cache)))
-        console.print(Padding(Text(f"{recipe.description.strip()}\n{facts}"), (0, 0, 0, 4)))
+        console.print(Padding(Text(f"{recipe.description.strip()}\n{facts}"), (0, 0, 0, 4), expand=False))
     console.print("Next: halfbyte convert|calibrate MODEL OUT_DIR --recipe NAME [--set a.b=c].")
