@@ -6,6 +6,7 @@ before anything is written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..policy import Decision, FormatOverride
 from .config import is_quantized
 from .exclusion import disagreements, exclusion_list
 from .options import Options as Options
-from .schema import FOREIGN_PARAMETERS, STACKED_EXPERTS
+from .schema import DECAYS, FOREIGN_PARAMETERS, STACKED_EXPERTS, TRANSPOSED
 from .shards import TensorInfo
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -116,6 +117,8 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
             f"{where}/config.json: the model is quantized already ({method}); convert the high-precision original, "
             "or run `halfbyte dequantize` on it first"
         )
+    if (family := str(text_config(source.config).get("model_type"))) in TRANSPOSED:
+        raise CheckpointError(f"{where}/config.json: weights of {family} are transposed; convert a model of Linears")
     layers = decoder_layers(source)
     items = list(_items(source, _Choice(options, layers, found)))
     _check_names(items, source)
@@ -218,9 +221,10 @@ def _not_linear(name: Name, info: TensorInfo) -> str:
 
 def _is_stacked(name: Name, info: TensorInfo) -> bool:
     """Whether a decoder tensor holds several matrices, or something that belongs to such a stack."""
-    if name.kind == "conv":
+    if name.kind == "conv" or name.parameter in DECAYS:
         return False
-    return len(info.shape) >= 3 or (name.leaf == "experts" and name.parameter not in ("weight", "bias"))
+    inside = name.expert is None and "experts" in name.module.split(".") and name.parameter not in ("weight", "bias")
+    return inside or (len(info.shape) >= 3 and math.prod(info.shape) > max(info.shape))  # A_log [1, 1, 32, 1] is none
 
 
 def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, where: str) -> Iterator[Planned]:
@@ -229,7 +233,7 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
     parent, _, leaf = path.rpartition(".")
     if not parent.endswith("experts") or leaf not in ("gate_up_proj", "down_proj"):
         raise CheckpointError(
-            f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D first"
+            f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D weights first"
         )
     config = text_config(source.config)
     family = str(config.get("model_type"))
