@@ -135,8 +135,8 @@ def test_asked_for_by_name(tmp_path: Path) -> None:
         (models.dense(), {"extra_high_precision_layers_hf": ("qproj",)}, "--extra-high-precision-layers-hf qproj"),
         (models.dense(), {"include": ("embed_tokens",)}, "embeddings, norms and convolutions cannot be included"),
         (models.dense(), {"include": ("*norm",)}, "--include *norm matches no tensor"),
-        (models.dense(), {"only": "experts"}, "nothing to quantize under these options; see `--dry-run`"),
-        (models.dense(), {"num_layers_at_end_in_bf16": 2}, "nothing to quantize"),
+        (models.dense(), {"only": "experts"}, "under these options: --only experts (14), lm_head (1)"),
+        (models.dense(), {"num_layers_at_end_in_bf16": 2}, "under these options: among the last 2 layers (14), lm_h"),
     ],
     ids=lambda value: str(value)[:40] if not isinstance(value, Model) else "",
 )  # fmt: skip

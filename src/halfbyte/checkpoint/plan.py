@@ -125,7 +125,9 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
     if found is None:
         _check_patterns(items, options, where)
     if not any(item.format for item in items):
-        raise CheckpointError(f"{where}: nothing to quantize under these options; see `--dry-run` for the reasons")
+        reasons = Counter(item.decision.reason for item in items if item.linear).most_common(4)
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons) or "there is no Linear weight"
+        raise CheckpointError(f"{where}: nothing to quantize under these options: {why}")
     for item in items:
         if item.linear:
             _check_dtype(item, source)
@@ -232,9 +234,7 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
     path = name.module if name.parameter == "weight" else name.full
     parent, _, leaf = path.rpartition(".")
     if not parent.endswith("experts") or leaf not in ("gate_up_proj", "down_proj"):
-        raise CheckpointError(
-            f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D weights first"
-        )
+        raise CheckpointError(f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D ones")
     config = text_config(source.config)
     family = str(config.get("model_type"))
     if family not in STACKED_EXPERTS:
