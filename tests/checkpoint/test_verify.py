@@ -176,6 +176,18 @@ def test_unequal_gate_and_up_scales(tmp_path: Path, path: str, layout: Any, stat
         named(against(source, directory), f"{module}.{TENSOR_SCALE[layout]}: ", "bytes differ")
 
 
+@pytest.mark.parametrize(
+    ("layout", "leaf"), [("modelopt", "input_scale"), ("compressed-tensors", "input_global_scale")]
+)
+def test_unequal_input_scales(tmp_path: Path, layout: Any, leaf: str) -> None:
+    """Engines keep one for a fused layer, too."""
+    _, out = make(tmp_path, models.dense(layers=1), layout=layout, activations="constant")
+    edit(out, f"model.layers.0.self_attn.k_proj.{leaf}", lambda t: t * 2)
+    cover_up(out, "deleted")
+    (found,) = structure(out)
+    named([found], f"self_attn.qkv_proj {leaf}: engines keep one scale for the fused layer; here: ", "k_proj [2.0]")
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("module", ["lm_head", "model.layers.1.mlp.gate", "model.layers.0.mlp.experts"])
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
