@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,8 @@ def test_hub_ids(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) 
     def download(model: str, allow_patterns: list[str]) -> str:
         asked.append(model)
         true(not any("bin" in pattern or "pt" in pattern for pattern in allow_patterns), f"pickles: {allow_patterns}")
+        wanted = ("model.safetensors", "config.json", "merges.txt", "tokenizer.model", *models.COMPANIONS)
+        equal([name for name in wanted if not any(fnmatch(name, pattern) for pattern in allow_patterns)], [])
         if model != "somebody/model":
             raise OSError("not there\nand much more")
         return str(source)
