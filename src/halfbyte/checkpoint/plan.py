@@ -129,7 +129,7 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
         why = ", ".join(f"{reason} ({count})" for reason, count in reasons) or "there is no Linear weight"
         raise CheckpointError(f"{where}: nothing to quantize under these options: {why}")
     for item in items:
-        if item.linear:
+        if item.name.parameter == "weight":
             _check_dtype(item, source)
         if item.format is not None:
             _check_shape(item, item.format, source)
@@ -223,8 +223,8 @@ def _not_linear(name: Name, info: TensorInfo) -> str:
 
 def _is_stacked(name: Name, info: TensorInfo) -> bool:
     """Whether a decoder tensor holds several matrices, or something that belongs to such a stack."""
-    if name.kind == "conv" or name.parameter in DECAYS:
-        return False
+    if name.kind == "conv" or name.parameter in DECAYS or (name.kind, name.parameter) == ("attention", "bias"):
+        return False  # the last is a mask, in GPT-J and Pythia: a Linear's bias has one dimension
     inside = name.expert is None and "experts" in name.module.split(".") and name.parameter not in ("weight", "bias")
     return inside or (len(info.shape) >= 3 and math.prod(info.shape) > max(info.shape))  # A_log [1, 1, 32, 1] is none
 
