@@ -80,6 +80,11 @@ def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
     equal(json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"], dtype)  # or loaders would round again
 
 
+def test_the_dtype_of_nested_configs(tmp_path: Path) -> None:
+    dequantize(make(models.multimodal(), tmp_path), tmp_path / "plain", dtype="float16")
+    equal(json.loads((tmp_path / "plain" / "config.json").read_text())["text_config"]["dtype"], "float16")
+
+
 def test_values_beyond_the_dtype(tmp_path: Path) -> None:
     """Refused, not written as infinities."""
     model = models.dense(layers=1)
