@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from halfbyte import __version__, evaluate
+from halfbyte import NVFP4, Policy, __version__, evaluate
 from halfbyte.checkpoint import convert as converting
 from halfbyte.checkpoint import hub, weights
+from halfbyte.checkpoint.manifest import read_manifest
+from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.shards import ShardWriter
 from halfbyte.cli import app
 
@@ -129,6 +132,37 @@ def test_convert_names_the_engines_that_load_it(
     true(report["impl"] in ("cpu", "triton"), "which implementation quantized")
 
 
+def test_every_option_reaches_the_record(tmp_path: Path) -> None:
+    source, out = models.with_mtp(models.dense(layers=6)).save(tmp_path / "source"), tmp_path / "out"
+    rule = ("--scale-rule", "four_over_six", "--error", "mse", "--e4m3-max", "320", "--error-arithmetic", "fp16")
+    layers = ("--num-layers-at-start-in-bf16", "1", "--num-layers-at-end-in-bf16", "2", "--include-mtp")
+    extra = (
+        "--extra-high-precision-layers-hf",
+        "2.mlp.down",
+        "--extra-high-precision-layers-megatron",
+        "2.mlp.linear_fc1",
+    )
+    names = (
+        "--only",
+        "mlp",
+        "--ignore",
+        "layers.1.mlp.down_proj",
+        "--ignore",
+        "layers.3",
+        "--include",
+        "lm_head",
+        *extra,
+    )
+    rest = ("--layout", "compressed-tensors", "--kv-cache", "fp8", "--activations", "constant")
+    succeeds("convert", source, out, *rule, *layers, *names, *rest)
+    fmt = NVFP4(scale_rule="four_over_six", error="mse", e4m3_max=320, error_arithmetic="fp16")
+    ignore = ("layers.1.mlp.down_proj", "layers.3")
+    policy = Policy("mlp", ignore, ("lm_head",), 1, 2, ("2.mlp.down",), ("2.mlp.linear_fc1",), include_mtp=True)
+    manifest = read_manifest(out)
+    true(manifest is not None, "a record is written")
+    equal(manifest[0], Options(fmt, "compressed-tensors", policy, "fp8", "constant"))
+
+
 def test_json(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     report = parsed("convert", source, out, "--scale-rule", "four_over_six", "--error", "mse", "--kv-cache", "fp8")
@@ -138,7 +172,9 @@ def test_json(tmp_path: Path, source: Path) -> None:
     )
     equal((report["weights_quantized"], report["fused_groups"], report["shards"]), (38, 12, 1))
     equal(report["output_bytes"], sum(t.nbytes for t in models.read_all(out).values()))
-    equal(len(report["worst"]), 5)
+    errors = [row["relative_error"] for row in report["worst"]]
+    equal((len(errors), errors), (5, sorted(errors, reverse=True)))
+    true(errors[0] > max(report["relative_error_by_kind"].values()), "the worst are those with the largest errors")
     equal(parsed("verify", out, "--source", source), {"ok": True, "findings": []})
     (out / "chat_template.jinja").unlink()
     wanted = [{"where": "chat_template.jinja", "what": "is missing; the source has it"}]
@@ -405,6 +441,8 @@ def test_hub_ids(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) 
     def download(model: str, allow_patterns: list[str]) -> str:
         asked.append(model)
         true(not any("bin" in pattern or "pt" in pattern for pattern in allow_patterns), f"pickles: {allow_patterns}")
+        wanted = ("model.safetensors", "config.json", "merges.txt", "tokenizer.model", *models.COMPANIONS)
+        equal([name for name in wanted if not any(fnmatch(name, pattern) for pattern in allow_patterns)], [])
         if model != "somebody/model":
             raise OSError("not there\nand much more")
         return str(source)

@@ -18,6 +18,7 @@ PARSED = [
     ("model.layers.0.self_attn.q_norm.weight", "decoder", 0, "norm", None),
     ("model.layers.0.input_layernorm.weight", "decoder", 0, "norm", None),
     ("transformer.h.0.ln_1.weight", "decoder", 0, "norm", None),
+    ("model.layers.0.self_attn.gate_proj.weight", "decoder", 0, "attention", None),
     ("model.layers.0.mlp.gate_proj.weight", "decoder", 0, "mlp", None),
     ("model.layers.0.feed_forward.w1.weight", "decoder", 0, "mlp", None),
     ("model.layers.0.mlp.experts.7.gate_proj.weight", "decoder", 0, "experts", 7),
@@ -45,6 +46,10 @@ PARSED = [
     ("model.visual.blocks.3.mlp.fc1.weight", "other", 3, "mlp", None),
     ("model.vision_tower.blocks.3.mlp.fc2.weight", "other", 3, "mlp", None),
     ("audio_tower.layers.2.fc1.weight", "other", 2, "mlp", None),
+    ("model.connector.perceiver_resampler.layers.0.mlp.up_proj.weight", "other", 0, "mlp", None),
+    ("vpm.blocks.0.attn.qkv.weight", "other", 0, "attention", None),
+    ("apm.layers.0.self_attn.q_proj.weight", "other", 0, "attention", None),
+    ("tts.model.layers.0.mlp.up_proj.weight", "other", 0, "mlp", None),
     ("model.multi_modal_projector.linear_1.weight", "other", None, "other", None),
 ]
 
@@ -69,6 +74,7 @@ def test_without_a_config_no_layer_is_mtp() -> None:
         ("a.up_proj", "a.gate_up_proj", ("gate_proj", "up_proj")),
         ("a.experts.1.w3", "a.experts.1.w13", ("w1", "w3")),
         ("a.kv_a_proj_with_mqa", "a.fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+        ("a.self_attn.gate_proj", None, ()),
         ("a.o_proj", None, ()),
         ("a.down_proj", None, ()),
         ("a.w2", None, ()),
@@ -116,6 +122,7 @@ def test_experts_module(name: str, module: str | None) -> None:
         ("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
         ("model.visual.blocks.4.mlp.up_proj.weight", None),
         ("model.layers.4.linear_attn.out_proj.weight", None),
+        ("model.layers.4.self_attn.gate_proj.weight", None),
     ],
 )
 def test_megatron(name: str, megatron: str | None) -> None:

@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|mtp_layers)\.(\d+)\.")
 _EXPERT = re.compile(r"\b(?P<module>experts)\.(?P<index>\d+)\.")
 _OTHER_TOWER = re.compile(
     r"(?:^|\.)(?:[a-z0-9_]*_)?(?:vision|visual|vit|image|audio|speech|siglip|encoder|talker|code2wav|projector|"
-    r"token2wav|aligner|merger)(?:_[a-z0-9_]*)?(?:\.|$)"
+    r"token2wav|aligner|merger|resampler|vpm|apm|tts)(?:_[a-z0-9_]*)?(?:\.|$)"  # the last three: MiniCPM-o's
 )
 _MTP = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|mtp_block|nextn|nextn_predict_layers|eagle)(?:\.|$)")
 _ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate", "shared_experts_gate"})
@@ -76,14 +76,21 @@ class Name:
     @property
     def fused(self) -> str | None:
         """Full path of the fused layer that engines build from this one and its partners, or None."""
-        found = _FUSED_OF_LEAF.get(self.leaf)
+        found = self._fusion
         return None if found is None else f"{self.parent}.{found[0]}"
 
     @property
     def partners(self) -> tuple[str, ...]:
         """Leaves of all members of the fused layer, in the engine's order."""
-        found = _FUSED_OF_LEAF.get(self.leaf)
+        found = self._fusion
         return () if found is None else found[1]
+
+    @property
+    def _fusion(self) -> tuple[str, tuple[str, ...]] | None:
+        found = _FUSED_OF_LEAF.get(self.leaf)
+        if found is not None and found[0] in PAIRS and self.kind == "attention":
+            return None  # a gate of the attention's output, as in AFMoE: no half of a gated MLP
+        return found
 
     @property
     def experts_module(self) -> str | None:
@@ -132,11 +139,11 @@ def _kind(module: str) -> Kind:
         return "norm"
     if _EXPERT_PARTS.intersection(parts):
         return "experts"
-    if _MLP_PARTS.intersection(parts) or leaf in _MLP_LEAVES:
+    if _MLP_PARTS.intersection(parts):
         return "mlp"
     if any("attn" in part or "attention" in part for part in parts):
         return "attention"
-    return "other"
+    return "mlp" if leaf in _MLP_LEAVES else "other"
 
 
 _MEGATRON_LEAVES = (
@@ -168,7 +175,7 @@ def megatron(name: Name) -> str | None:
         if name.leaf in leaves:
             return f"{layer}.{target}.{name.parameter}"
     target = _MEGATRON_MLP.get(name.leaf, "")
-    if not target:
+    if not target or name.kind == "attention":
         return None
     if name.expert is not None:
         return f"{layer}.mlp.experts.{target}.{name.parameter}{name.expert}"

@@ -130,6 +130,11 @@ MODELS: dict[str, tuple[Model, tuple[str, ...]]] = {
     "int8": (changed(Q, torch.zeros(64, 64, dtype=torch.int8)), (FILE + Q, "is I8; halfbyte quantizes BF16")),
     "float64": (changed(Q, torch.zeros(64, 64).double()), (FILE + Q, "is F64; halfbyte quantizes BF16, F16, F32")),
     "fp8": (changed(Q, torch.zeros(64, 64).to(torch.float8_e4m3fn)), (FILE + Q, "is F8_E4M3", "the high-precision")),
+    "uint8 embedding": (
+        changed("model.embed_tokens.weight", torch.zeros(64, 64, dtype=torch.uint8)),
+        (FILE + "model.embed_tokens.weight", "is U8; halfbyte quantizes BF16"),
+    ),
+    "fp8 norm": (changed("model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)), (FILE, "norm.weight: is F8_")),
     "20 columns": (
         changed("model.layers.1.self_attn.o_proj.weight", Draw()(64, 20)),
         (FILE + "model.layers.1.self_attn.o_proj.weight", "[64, 20]", "divisible by 16", "--ignore model.layers.1."),

@@ -179,6 +179,14 @@ def test_fp8_kv_cache(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_towers_have_no_kv_cache(tmp_path: Path, layout: Layout) -> None:
+    tower = models.under("model.vision_tower.encoder.layers.0.self_attn", models.Draw().attention())
+    out = run(models.multimodal().plus(tower), tmp_path, layout=layout, kv_cache="fp8")
+    scales = [name for name in models.read_all(out) if name.endswith(("k_scale", "v_scale"))]
+    equal((len(scales), [name for name in scales if "vision_tower" in name]), (4, []))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_constant_activations(tmp_path: Path, layout: Layout) -> None:
     """Every expert carries an input scale: vLLM reads a missing one as inf."""
     leaf, one = {

@@ -80,6 +80,23 @@ def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
     equal(json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"], dtype)  # or loaders would round again
 
 
+def test_the_dtype_of_nested_configs(tmp_path: Path) -> None:
+    dequantize(make(models.multimodal(), tmp_path), tmp_path / "plain", dtype="float16")
+    equal(json.loads((tmp_path / "plain" / "config.json").read_text())["text_config"]["dtype"], "float16")
+
+
+def test_values_beyond_the_dtype(tmp_path: Path) -> None:
+    """Refused, not written as infinities."""
+    model = models.dense(layers=1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    out = make(model.plus({name: model.tensors[name] * 1e6}), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=f"{name} has values beyond float16; choose a wider --dtype"):
+        dequantize(out, tmp_path / "plain", dtype="float16")
+    equal(sorted(path.name for path in tmp_path.iterdir()), before)
+    dequantize(out, tmp_path / "plain")
+
+
 def test_twice_is_once(tmp_path: Path) -> None:
     """Decoded values lie on the grid: quantized again they decode to the same, up to the tensor scale's rounding."""
     dequantize(make(models.moe(), tmp_path / "a"), tmp_path / "plain", dtype="float32")

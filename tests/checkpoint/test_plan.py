@@ -1,5 +1,6 @@
 """Every tensor, what becomes of it and why; and the requests that no engine could load, refused before any reading."""
 
+import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from halfbyte import CheckpointError, Policy
 from halfbyte.checkpoint.plan import Options, Plan, make_plan
-from halfbyte.checkpoint.schema import LAYOUTS, Layout
+from halfbyte.checkpoint.schema import LAYOUTS, STACKED_EXPERTS, Layout
 from halfbyte.checkpoint.shards import Checkpoint
 
 from ..check import equal, true
@@ -134,8 +135,8 @@ def test_asked_for_by_name(tmp_path: Path) -> None:
         (models.dense(), {"extra_high_precision_layers_hf": ("qproj",)}, "--extra-high-precision-layers-hf qproj"),
         (models.dense(), {"include": ("embed_tokens",)}, "embeddings, norms and convolutions cannot be included"),
         (models.dense(), {"include": ("*norm",)}, "--include *norm matches no tensor"),
-        (models.dense(), {"only": "experts"}, "nothing to quantize under these options: 14 × --only experts"),
-        (models.dense(), {"num_layers_at_end_in_bf16": 2}, "nothing to quantize"),
+        (models.dense(), {"only": "experts"}, "under these options: --only experts (14), lm_head (1)"),
+        (models.dense(), {"num_layers_at_end_in_bf16": 2}, "under these options: among the last 2 layers (14), lm_h"),
     ],
     ids=lambda value: str(value)[:40] if not isinstance(value, Model) else "",
 )  # fmt: skip
@@ -206,3 +207,56 @@ def test_other_towers_may_use_names_their_own_way(tmp_path: Path, tower: str) ->
     """Nobody quantizes or fuses them."""
     extra = models.under("model.vision_tower.blocks.0.ffn", Draw().linears(**TOWERS[tower]))
     equal(len(plan(models.multimodal().plus(extra), tmp_path).quantized), 14)
+
+
+def test_an_attention_may_have_a_gate_of_its_own(tmp_path: Path) -> None:
+    """AFMoE's self_attn.gate_proj is no half of a gated MLP: it is quantized by itself, and is no MLP for --only."""
+    gates = {f"model.layers.{i}.self_attn.gate_proj.weight": Draw()(64, 64) for i in range(2)}
+    model = models.dense().plus(gates)
+    made = plan(model, tmp_path / "a")
+    true({(name,) for name in gates} <= {tuple(i.name.full for i in group) for group in made.groups}, "fused")
+    equal(len(made.quantized), 16)
+    true(not any("self_attn" in module for module in quantized(plan(model, tmp_path / "b", only="mlp"))), "an MLP")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "openai-gpt"])
+def test_transposed_weights_are_refused(tmp_path: Path, family: str) -> None:
+    """Conv1D's weights look like a Linear's, but are [K, N]."""
+    attention = models.under("transformer.h.0.attn", Draw().linears(c_attn=(64, 192), c_proj=(64, 64)))
+    model = Model(attention, {"model_type": family, "n_layer": 1})
+    refuses(model, tmp_path, f"config.json: weights of {family} are transposed; convert")
+
+
+def test_vectors_and_constants_of_many_dimensions_stay(tmp_path: Path) -> None:
+    """They are no stacks of matrices."""
+    shapes = {"A_log": (1, 1, 4, 1), "slope_rate": (4, 1, 1), "key_decay": (4, 16, 1), "diagonal_decay": (1, 4, 16, 16)}
+    shapes["bias"] = (1, 1, 8, 8)  # a causal mask
+    extra = {f"{L0}.self_attn.{leaf}": Draw()(*shape) for leaf, shape in shapes.items()}
+    made = plan(models.dense().plus(extra), tmp_path)
+    true(set(extra) <= {item.name.full for item in made}, "they are in the output")
+
+
+def test_experts_in_one_matrix_are_refused(tmp_path: Path) -> None:
+    """DBRX has all experts' rows in one 2-D parameter: left as it is, an engine would take it for quantized."""
+    model = models.dense().plus({f"{L0}.ffn.experts.mlp.w1": Draw()(4 * 96, 64)})
+    refuses(model, tmp_path, f"{L0}.ffn.experts.mlp.w1: unknown stacked weights of shape [384, 64]; split them into")
+
+
+def test_families_whose_stacks_are_known() -> None:
+    """By transformers' own code: gate rows first, not transposed, under the model_type of the language model."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        pytest.skip("needs transformers")
+    root = Path(found.origin).parent / "models"
+    for family in sorted(STACKED_EXPERTS):
+        folder = root / family.removesuffix("_text")
+        code = (folder / f"modeling_{folder.name}.py").read_text()
+        for part in (
+            "gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))",
+            "down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))",
+            "gate, up = nn.functional.linear(current_state, self.gate_up_proj[expert_idx]).chunk(2, dim=-1)",
+        ):
+            true(part in code, f"{family}: no {part}")
+        config = (folder / f"configuration_{folder.name}.py").read_text()
+        if f'model_type = "{folder.name}_text"' in config:
+            true(f"{folder.name}_text" in STACKED_EXPERTS, f"{folder.name}_text is what its text config says")

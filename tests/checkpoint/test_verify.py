@@ -123,6 +123,7 @@ def test_passes(tmp_path: Path, name: str, layout: Any, fmt: Format) -> None:
         {"format": NVFP4(scale_rule="four_over_six", e4m3_max=288, error_arithmetic="fp16")},
         {"policy": Policy(only="mlp"), "layout": "compressed-tensors"},
         {"policy": Policy(ignore=("layers.0",))},
+        {"policy": Policy(include=("lm_head",)), "layout": "compressed-tensors"},
         {"policy": Policy(extra_high_precision_layers_megatron=("linear_qkv",), include=("lm_head",))},
     ],
     ids=str,
@@ -173,6 +174,18 @@ def test_unequal_gate_and_up_scales(tmp_path: Path, path: str, layout: Any, stat
         layer = f"{module.replace('up_proj', 'gate_up_proj')} {TENSOR_SCALE[layout]}"
         named(structure(directory), f"{layer}: engines keep one scale for the fused layer")
         named(against(source, directory), f"{module}.{TENSOR_SCALE[layout]}: ", "bytes differ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "leaf"), [("modelopt", "input_scale"), ("compressed-tensors", "input_global_scale")]
+)
+def test_unequal_input_scales(tmp_path: Path, layout: Any, leaf: str) -> None:
+    """Engines keep one for a fused layer, too."""
+    _, out = make(tmp_path, models.dense(layers=1), layout=layout, activations="constant")
+    edit(out, f"model.layers.0.self_attn.k_proj.{leaf}", lambda t: t * 2)
+    cover_up(out, "deleted")
+    (found,) = structure(out)
+    named([found], f"self_attn.qkv_proj {leaf}: engines keep one scale for the fused layer; here: ", "k_proj [2.0]")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -311,6 +324,14 @@ def test_a_record_of_other_choices(tmp_path: Path, change: dict[str, Any], what:
     source, out = make(tmp_path)
     edit_json(out, "halfbyte.json", lambda data: data.update(change))
     named(against(source, out), what)
+
+
+def test_targets_that_miss_a_quantized_lm_head(tmp_path: Path) -> None:
+    """compressed-tensors' Linear is not an engine's lm_head, which must be named."""
+    _, out = make(tmp_path, layout="compressed-tensors", policy=Policy(include=("lm_head",)))
+    groups = {"targets": ["Linear"]}
+    edit_json(out, "config.json", lambda data: data["quantization_config"]["config_groups"]["group_0"].update(groups))
+    named(structure(out), "group_0.targets is ['Linear']; the format asks for ['Linear', 'lm_head']")
 
 
 def test_half_a_fused_layer_in_high_precision(tmp_path: Path) -> None:

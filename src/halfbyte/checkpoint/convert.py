@@ -21,7 +21,7 @@ from ..formats import MXFP8, NVFP4, Format
 from ..tensor import QuantizedTensor
 from .calibrated import Calibrated
 from .config import Group, Quantization, hf_quant_config, quantization_config
-from .exclusion import target_list
+from .exclusion import linear_targets, target_list
 from .files import TEMPORARY
 from .journal import MODEL, Journal, differences, said, working_directory
 from .manifest import choices, write_manifest
@@ -382,7 +382,6 @@ def _config_groups(plan: Plan, options: Options) -> tuple[Group, ...]:
     formats: tuple[Format, ...] = (MXFP8(), NVFP4())
     modules = [(fmt, [i.name for i in plan.quantized if type(i.format) is type(fmt)]) for fmt in formats]
     used = [(fmt, names) for fmt, names in modules if names]
-    if len(used) == 1:  # engines' lm_head is no Linear: compressed-tensors must name it
-        heads = [n.module for n in used[0][1] if n.kind == "lm_head" and options.layout == "compressed-tensors"]
-        return (Group(used[0][0], ("Linear", *heads)),)
+    if len(used) == 1:
+        return (Group(used[0][0], linear_targets(options.layout, used[0][1])),)
     return tuple(Group(fmt, target_list(options.layout, names)) for fmt, names in used)

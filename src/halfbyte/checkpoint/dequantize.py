@@ -35,8 +35,8 @@ def dequantize(
     Other tensors are copied, scales dropped; experts stay one by one. The output appears whole or not at all.
 
     Raises:
-        CheckpointError: the source is not quantized, or not in a way that is understood (docs/sources.md); the output
-            exists.
+        CheckpointError: the source is not quantized, or not in a way that is understood (docs/sources.md); a value does
+            not fit dtype; the output exists.
     """
     if dtype not in OUTPUT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}")
@@ -51,6 +51,8 @@ def dequantize(
             with ShardWriter(target / file, part) as writer:
                 for name, (dtype_name, _) in part.items():
                     data = source.fetch(name)(device if infos[name].decoded else "cpu").to(DTYPES[dtype_name])
+                    if infos[name].decoded and not bool(data.isfinite().all()):
+                        raise CheckpointError(f"{directory}: {name} has values beyond {dtype}; choose a wider --dtype")
                     writer.write(name, data)
                     progress(data.nbytes)
         total = sum(TensorInfo("", *entry).nbytes for entry in entries.values())

@@ -205,6 +205,12 @@ def _ancestors(module: str) -> Iterator[str]:
     return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
+def linear_targets(layout: Layout, quantized: Iterable[Name]) -> tuple[str, ...]:
+    """Targets of the only group of a config: all Linears, and lm_head by name, which is none to compressed-tensors."""
+    heads = (name.module for name in quantized if name.kind == "lm_head" and layout == "compressed-tensors")
+    return ("Linear", *heads)
+
+
 def target_list(layout: Layout, names: Iterable[Name]) -> tuple[str, ...]:
     """Patterns by which a config of mixed precision gives these modules their format: ModelOpt lists each."""
     pattern = _compressed_tensors_pattern if layout == "compressed-tensors" else lambda name: name.module

@@ -6,6 +6,7 @@ before anything is written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..policy import Decision, FormatOverride
 from .config import is_quantized
 from .exclusion import disagreements, exclusion_list
 from .options import Options as Options
-from .schema import FOREIGN_PARAMETERS, STACKED_EXPERTS
+from .schema import DECAYS, FOREIGN_PARAMETERS, STACKED_EXPERTS, TRANSPOSED
 from .shards import TensorInfo
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -116,17 +117,19 @@ def make_plan(source: Source, options: Options, found: Mapping[str, Format] | No
             f"{where}/config.json: the model is quantized already ({method}); convert the high-precision original, "
             "or run `halfbyte dequantize` on it first"
         )
+    if (family := str(text_config(source.config).get("model_type"))) in TRANSPOSED:
+        raise CheckpointError(f"{where}/config.json: weights of {family} are transposed; convert a model of Linears")
     layers = decoder_layers(source)
     items = list(_items(source, _Choice(options, layers, found)))
     _check_names(items, source)
     if found is None:
         _check_patterns(items, options, where)
     if not any(item.format for item in items):
-        reasons = Counter(item.decision.reason for item in items if item.linear)
-        kept = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "it has no Linear weight"
-        raise CheckpointError(f"{where}: nothing to quantize under these options: {kept}")
+        reasons = Counter(item.decision.reason for item in items if item.linear).most_common(4)
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons) or "there is no Linear weight"
+        raise CheckpointError(f"{where}: nothing to quantize under these options: {why}")
     for item in items:
-        if item.linear:
+        if item.name.parameter == "weight":
             _check_dtype(item, source)
         if item.format is not None:
             _check_shape(item, item.format, source)
@@ -220,9 +223,10 @@ def _not_linear(name: Name, info: TensorInfo) -> str:
 
 def _is_stacked(name: Name, info: TensorInfo) -> bool:
     """Whether a decoder tensor holds several matrices, or something that belongs to such a stack."""
-    if name.kind == "conv":
-        return False
-    return len(info.shape) >= 3 or (name.leaf == "experts" and name.parameter not in ("weight", "bias"))
+    if name.kind == "conv" or name.parameter in DECAYS or (name.kind, name.parameter) == ("attention", "bias"):
+        return False  # the last is a mask, in GPT-J and Pythia: a Linear's bias has one dimension
+    inside = name.expert is None and "experts" in name.module.split(".") and name.parameter not in ("weight", "bias")
+    return inside or (len(info.shape) >= 3 and math.prod(info.shape) > max(info.shape))  # A_log [1, 1, 32, 1] is none
 
 
 def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, where: str) -> Iterator[Planned]:
@@ -230,9 +234,7 @@ def _unstacked(source: Source, name: Name, info: TensorInfo, choose: _Choice, wh
     path = name.module if name.parameter == "weight" else name.full
     parent, _, leaf = path.rpartition(".")
     if not parent.endswith("experts") or leaf not in ("gate_up_proj", "down_proj"):
-        raise CheckpointError(
-            f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D first"
-        )
+        raise CheckpointError(f"{where}: unknown stacked weights of shape {list(info.shape)}; split them into 2-D ones")
     config = text_config(source.config)
     family = str(config.get("model_type"))
     if family not in STACKED_EXPERTS:

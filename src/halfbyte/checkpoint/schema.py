@@ -75,14 +75,20 @@ FOREIGN_PARAMETERS = SCALE_PARAMETERS | {
 STACKED_EXPERTS = frozenset(
     {
         *("afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo"),
-        *("gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
-        *("kimi_linear", "lfm2_moe", "minimax", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe"),
-        *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open"),
+        *("gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa"),
+        *("hunyuan_v1_moe", "kimi_linear", "lfm2_moe", "minimax", "minimax_m2", "mixtral", "olmoe", "phimoe"),
+        *("qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open"),
     }
 )
 """Families whose stacked experts are `experts.gate_up_proj` [E, 2I, H], gate rows first, and `experts.down_proj`
 [E, H, I]. Others (gpt_oss in high precision: transposed and interleaved; llama4, qwen3_vl_moe: transposed) are not
 read."""
+
+DECAYS = ("query_decay", "key_decay", "diagonal_decay")
+"""Constants of MiniMax's linear attention, 4-D."""
+
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Families of transformers' Conv1D, whose weights are [K, N]: blocks along their last dimension would cross outputs."""
 
 
 def weight_entries(

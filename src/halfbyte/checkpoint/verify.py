@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from ..errors import CheckpointError, HalfbyteError
 from ..formats import MXFP8, NVFP4, Format
 from ..names import Name
 from .config import Group, Quantization, hf_quant_config, quantization_config, read_quantization
-from .exclusion import RULES, check_patterns, disagreements, engine_layer, excluded_by_compressed_tensors
+from .exclusion import (
+    RULES,
+    check_patterns,
+    disagreements,
+    engine_layer,
+    excluded_by_compressed_tensors,
+    linear_targets,
+)
 from .manifest import FILE as MANIFEST
 from .manifest import read_manifest
 from .options import Options
@@ -107,10 +114,14 @@ def verify_structure(directory: Path, progress: Progress = lambda done: None) ->
 
 def _configs(contents: Contents) -> Iterator[Finding]:
     directory = contents.checkpoint.directory
-    declared, wanted = contents.checkpoint.config["quantization_config"], quantization_config(contents.quantization)
-    for path, value, should in _differences(declared, wanted):
+    quantization = contents.quantization
+    if len(quantization.groups) == 1:
+        targets = linear_targets(quantization.layout, contents.quantized)
+        quantization = replace(quantization, groups=(replace(quantization.groups[0], targets=targets),))
+    declared = contents.checkpoint.config["quantization_config"]
+    for path, value, should in _differences(declared, quantization_config(quantization)):
         yield Finding("config.json", f"quantization_config{path} is {value!r}; the format asks for {should!r}")
-    expected = hf_quant_config(contents.quantization)
+    expected = hf_quant_config(quantization)
     if expected is not None:
         try:
             found = read_json(directory / "hf_quant_config.json").get("quantization")
