@@ -49,7 +49,7 @@ def _search(
     else:
         base = p * stride_p + row0.to(tl.int64) * stride_m + column0.to(tl.int64) * 16 * stride_k
         offsets = local_row.to(tl.int64)[:, :, :, None] * stride_m
-        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
+        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, :, None], stride_k, DENSE, KIND)
     if F.hadamard:
         lo, hi = hadamard(lo, hi, KIND)
