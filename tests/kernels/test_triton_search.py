@@ -13,7 +13,7 @@ from halfbyte.kernels import _target, fake_quantize, quantize, transposed
 from halfbyte.numerics import nvfp4
 
 from ..check import true
-from .search_inputs import FORMATS, extras, searched
+from .search_inputs import FORMATS, extras, overflowing, searched
 from .test_cpu import same, views
 
 INTERPRETING = _target.INTERPRETING
@@ -55,6 +55,12 @@ def test_given_amax(fmt: NVFP4, rng: torch.Generator) -> None:
     amax = given[:, None].expand(-1, 17) if fmt.scaling == "row" else given
     for extra in extras(rng, fmt, 48):
         check(x, fmt, per_matrix=True, amax=amax, **extra)
+
+
+@pytest.mark.parametrize("case", overflowing(), ids=["distances", "Hessian"])
+def test_hessian_errors_at_the_ends_of_float32(case: tuple[Tensor, ...]) -> None:
+    x, amax, hessian = case
+    check(x, NVFP4(scale_rule="search", error="hessian"), amax=amax, hessian=hessian)
 
 
 @on_gpu
