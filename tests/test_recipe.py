@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from halfbyte import MXFP8, NVFP4, FormatError, Policy
+from halfbyte.calib.gptq import GPTQ
+from halfbyte.calib.observers import ObserverOptions
+from halfbyte.calib.options import Calibration
 from halfbyte.checkpoint.options import Options
 from halfbyte.policy import FormatOverride
 from halfbyte.recipe import Algorithm, Observer, builtin_recipes, load_recipe, recipe_text
@@ -89,6 +92,8 @@ def test_every_key(tmp_path: Path) -> None:
     equal(recipe.observer, Observer(method="percentile", percentile=99.5, headroom=1.25))
     equal(recipe.algorithm, Algorithm(method="gptq", damping=0.05, activation_order=True, headroom=1.5))
     equal(len(recipe.reasons_for_data), 3)
+    wanted = Calibration(GPTQ(0.05, True, 1.5), ObserverOptions("percentile", 99.5, 1.25))
+    equal(Calibration.of(recipe), wanted)
     record = options.recipe or {}
     equal((record["name"], record["algorithm"]["damping"]), (str(tmp_path / "x.yaml"), 0.05))
 
