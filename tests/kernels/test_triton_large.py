@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_columns_far_apart(far: Callable[..., Tensor]) -> None:
             same_bits(actual, expected, str(fmt))
     for actual, expected in zip(mxfp8.quantize(x), mxfp8_numerics.quantize(x), strict=True):
         same_bits(actual, expected, "MXFP8")
+
+
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize("first_block", [(1 << 31) - 3, (1 << 32) - 3, 1 << 45])
+def test_random_bits_of_blocks_beyond_32_bits(first_block: int, block: Any) -> None:
+    fmt = NVFP4(block=block, rounding="stochastic")
+    x = torch.randn(16, 48, generator=torch.Generator().manual_seed(2))
+    for view in (x, x[None].expand(2, -1, -1), x.mT):
+        options: Any = {"rng": (1, 2**64 - 1), "first_block": first_block, "per_matrix": view.dim() == 3}
+        got = quantize.quantize(view.to(DEVICE), fmt, **options)
+        for actual, expected in zip(got, nvfp4.quantize(view, fmt, **options), strict=True):
+            same_bits(actual.cpu(), expected, f"{tuple(view.shape)}")
 
 
 def test_what_no_grid_holds_is_left_to_others() -> None:
