@@ -24,6 +24,7 @@ from halfbyte.calib.ranks import SPANS
 from halfbyte.calib.runner import Summary
 from halfbyte.calib.step import Step
 from halfbyte.checkpoint.convert import convert
+from halfbyte.checkpoint.dequantize import dequantize
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.recompute import verify_source
 from halfbyte.checkpoint.verify import verify_structure
@@ -158,6 +159,28 @@ def test_observers_and_head_room_reach_the_input_scales(tmp_path: Path) -> None:
     parts = attention_inputs(found).chunk(SPANS)
     wanted = 2 * max(float(part.flatten().kthvalue(round(0.75 * part.numel())).values) for part in parts)
     close(found[Q_PROJ] * 2688, torch.tensor(wanted), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_layer_sees_what_the_quantized_ones_before_it_give(tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = MODELS[name]().save(tmp_path / "source")
+    run(source, tmp_path / "out", activations="calibrated")
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="float32")
+    seen = {}
+    for directory in ("source", "plain"):
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / directory, dtype=torch.float32).eval()
+        inputs: list[Tensor] = []
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].abs().amax())
+        )
+        with torch.no_grad():
+            model(windows().ids)
+        seen[directory] = inputs[0]
+    found = models.read_all(tmp_path / "out")["model.layers.1.self_attn.q_proj.input_scale"] * 2688
+    close(found, seen["plain"], 1e-5 * float(found))
+    true(abs(seen["source"] - found) > 1e-4 * found, "the original layers give the same")
 
 
 EMBED = "model.embed_tokens.weight"
