@@ -153,6 +153,16 @@ def test_later_entries_win(tmp_path: Path) -> None:
     equal([override.match for override in overrides], [("*layers.0.*",), ("*.experts.*",)])
 
 
+def test_what_every_module_has_comes_last(tmp_path: Path) -> None:
+    """An entry for all makes those before it, for some, void; and a cache that is enabled may be disabled again."""
+    lines = OURS.splitlines(keepends=True)
+    cast = [line.replace("cfg: {num_bits: e4m3, use_constant_amax: true}", "enable: false") for line in lines[12:13]]
+    found = mapped(written(tmp_path, "".join([*lines[:5], *lines[8:12], *lines[5:8], *lines[12:], *cast])))
+    equal(found, {"weights": {"format": "mxfp8"}})
+    everything = cast[0].replace("[kv]_bmm", "bmm")
+    equal(mapped(written(tmp_path, OURS + everything)).get("kv_cache"), None)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -175,6 +185,9 @@ def test_later_entries_win(tmp_path: Path) -> None:
         ("recipe_type: ptq", "recipe_type: qat", "metadata.recipe_type: qat; halfbyte reads ptq"),
         ("'*lm_head*', enable", "'*lm_head*', parent_class: nn.Linear, enable", "parent_class: nn.Linear; halfbyte"),
         ("'*lm_head*', enable", "'*q_proj.weight_quantizer', enable", "halfbyte leaves out whole modules only"),
+        ("'*lm_head*', enable", "'*k_bmm_quantizer', enable", "x.yaml:14: *k_bmm_quantizer: leaves a part of the KV"),
+        ("'*lm_head*', enable", "'*self_attn*', enable", "x.yaml:14: *self_attn*: leaves a part of the KV cache out"),
+        ("'*weight_quantizer'", "'*mlp*weight_quantizer'", "input_quantizer of *: its weights are not quantized"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

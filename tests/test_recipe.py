@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from halfbyte import MXFP8, NVFP4, FormatError, Policy
+from halfbyte.calib.gptq import GPTQ
+from halfbyte.calib.observers import ObserverOptions
+from halfbyte.calib.options import Calibration
 from halfbyte.checkpoint.options import Options
 from halfbyte.policy import FormatOverride
 from halfbyte.recipe import Algorithm, Observer, builtin_recipes, load_recipe, recipe_text
@@ -89,6 +92,8 @@ def test_every_key(tmp_path: Path) -> None:
     equal(recipe.observer, Observer(method="percentile", percentile=99.5, headroom=1.25))
     equal(recipe.algorithm, Algorithm(method="gptq", damping=0.05, activation_order=True, headroom=1.5))
     equal(len(recipe.reasons_for_data), 3)
+    wanted = Calibration(GPTQ(0.05, True, 1.5), ObserverOptions("percentile", 99.5, 1.25))
+    equal(Calibration.of(recipe), wanted)
     record = options.recipe or {}
     equal((record["name"], record["algorithm"]["damping"]), (str(tmp_path / "x.yaml"), 0.05))
 
@@ -126,6 +131,9 @@ def test_set_in_a_list_and_twice() -> None:
     name = "mixed-mxfp8-attention-nvfp4-experts"
     recipe = load_recipe(name, ["overrides.0.kinds=[mlp]", "kv_cache=none", "kv_cache=fp8"])
     equal((recipe.overrides[0].kinds, recipe.kv_cache), (("mlp",), "fp8"))
+    for item in ("1", "-1", "²"):
+        found = refused(name, f"overrides.{item}={{}}")
+        equal(found, f"--set overrides.{item}={{}}: overrides is a list of 1, which has no {item!r}")
 
 
 def test_hessian_needs_data() -> None:
@@ -159,6 +167,8 @@ def test_hessian_needs_data() -> None:
         ("description: mine", "description: 3", "x.yaml:1: description: must be a valid string; got 3"),
         ("kv_cache: fp8_calibrated", "weights: 3", "x.yaml:12: weights: is there twice; remove one"),
         ("[lm_head]", "[lm_head", "x.yaml:16: not YAML: "),
+        ("[lm_head]", "&a [*a]", "x.yaml: not YAML: Circular reference"),
+        ("description: mine", "description: mine\n2020-01-01: 3", "x.yaml: not YAML: keys must be str"),
         (GOOD, "", "x.yaml: has 0 YAML documents; a recipe is one"),
         (GOOD, "- 1\n", "x.yaml:1: must be a mapping of keys to values"),
         (GOOD, "a: 1\n---\nb: 2\n", "x.yaml: has 2 YAML documents; a recipe is one"),

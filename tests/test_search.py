@@ -37,6 +37,7 @@ def test_is_the_contract(fmt: NVFP4, weights: dict[str, Any]) -> None:
         (SEARCH, {"importance": W.double()}, ShapeError, "importance is torch.float64"),
         (SEARCH, {"importance": 1.0}, ShapeError, "importance is float; needs torch.float32"),
         (SEARCH, {"importance": -W}, FormatError, "importance has a negative, infinite or NaN weight"),
+        (HESSIAN, {"hessian": H / 0}, FormatError, "hessian has an infinite or NaN entry"),
         (HESSIAN, {"hessian": H[:1]}, ShapeError, r"needs torch.float32 of shape \(2, 16, 16\)"),
         (SEARCH, {"importance": W.to("meta")}, ShapeError, "importance is on meta, x on cpu"),
     ],

@@ -17,7 +17,8 @@ from halfbyte.checkpoint.recompute import verify_source
 from halfbyte.checkpoint.verify import verify_structure
 from halfbyte.recipe import load_recipe
 
-from ..check import equal, true
+from ..check import close, equal, true
+from ..checkpoint import models
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -151,6 +152,28 @@ def test_experts_one_by_one(tmp_path: Path, listed: Path, every_expert: bool) ->
     for name, seen in tokens.items():
         expert = int(name.split(".experts.")[1][0])
         equal(seen, counts[expert] + (8 * 16 if every_expert else 0), name)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])  # Gemma 2 has no attention but its own
+def test_scales_of_the_kv_cache_are_those_of_its_maxima(tmp_path: Path, name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**GROUPED, layer_types=["full_attention"] * 2)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for projection in (model.model.layers[0].self_attn.k_proj, model.model.layers[0].self_attn.v_proj):
+        projection.weight.data *= 2.0**14  # beyond what FP8 holds without a scale
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    recipe = load_recipe("nvfp4", ["kv_cache=fp8_calibrated"])
+    ids = torch.randint(3, 50, (8, 16), generator=torch.Generator().manual_seed(0))
+    options = recipe.options("modelopt")
+    calibrate(tmp_path / "source", tmp_path / "out", options, Calibration.of(recipe), Windows(ids, "random"))
+    found = models.read_all(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values.layers[0]
+    for part, seen in (("k", cache.keys), ("v", cache.values)):
+        wanted = seen.abs().amax() / 448
+        true(wanted > 2, f"{part}: {wanted} needs no scale")
+        close(found[f"model.layers.0.self_attn.{part}_proj.{part}_scale"], wanted, 1e-5 * float(wanted), part)
 
 
 @pytest.mark.parametrize(

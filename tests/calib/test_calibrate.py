@@ -18,10 +18,13 @@ from halfbyte import MXFP8, NVFP4, CheckpointError, ShapeError
 from halfbyte.calib.calibrate import calibrate, model_windows
 from halfbyte.calib.data import Windows
 from halfbyte.calib.gptq import GPTQ
+from halfbyte.calib.observers import ObserverOptions
 from halfbyte.calib.options import Calibration
+from halfbyte.calib.ranks import SPANS
 from halfbyte.calib.runner import Summary
 from halfbyte.calib.step import Step
 from halfbyte.checkpoint.convert import convert
+from halfbyte.checkpoint.dequantize import dequantize
 from halfbyte.checkpoint.options import Options
 from halfbyte.checkpoint.recompute import verify_source
 from halfbyte.checkpoint.verify import verify_structure
@@ -135,10 +138,49 @@ def test_scales_of_fused_layers_are_equal_and_right(tmp_path: Path) -> None:
                 equal(len(pair), 1)
         for part in ("k_proj.k_scale", "v_proj.v_scale"):
             true(found[f"model.layers.{i}.self_attn.{part}"] >= 1, part)
-    embedded = found["model.embed_tokens.weight"].float()[windows().ids]
+    close(found[Q_PROJ] * 2688, attention_inputs(found).max(), 1e-4)
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.input_scale"
+
+
+def attention_inputs(tensors: dict[str, Tensor]) -> Tensor:
+    """Magnitudes of what flows into the first attention, of all windows."""
+    embedded = tensors["model.embed_tokens.weight"].float()[windows().ids]
     normed = embedded * (embedded.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    normed = normed * found["model.layers.0.input_layernorm.weight"].float()
-    close(found["model.layers.0.self_attn.q_proj.input_scale"] * 2688, normed.abs().max(), 1e-4)
+    return (normed * tensors["model.layers.0.input_layernorm.weight"].float()).abs()
+
+
+def test_observers_and_head_room_reach_the_input_scales(tmp_path: Path) -> None:
+    source = models.dense(layers=1).save(tmp_path / "source")
+    observer = ObserverOptions("percentile", percentile=75.0, headroom=2.0)
+    run(source, tmp_path / "out", Calibration(gptq=None, observer=observer), activations="calibrated")
+    found = models.read_all(tmp_path / "out")
+    parts = attention_inputs(found).chunk(SPANS)
+    wanted = 2 * max(float(part.flatten().kthvalue(round(0.75 * part.numel())).values) for part in parts)
+    close(found[Q_PROJ] * 2688, torch.tensor(wanted), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_layer_sees_what_the_quantized_ones_before_it_give(tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = MODELS[name]().save(tmp_path / "source")
+    run(source, tmp_path / "out", activations="calibrated")
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="float32")
+    seen = {}
+    for directory in ("source", "plain"):
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / directory, dtype=torch.float32).eval()
+        inputs: list[Tensor] = []
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].abs().amax())
+        )
+        with torch.no_grad():
+            model(windows().ids)
+        seen[directory] = inputs[0]
+    found = models.read_all(tmp_path / "out")["model.layers.1.self_attn.q_proj.input_scale"] * 2688
+    close(found, seen["plain"], 1e-5 * float(found))
+    true(abs(seen["source"] - found) > 1e-4 * found, "the original layers give the same")
 
 
 EMBED = "model.embed_tokens.weight"
@@ -157,7 +199,14 @@ def test_an_expert_that_no_token_reaches(tmp_path: Path) -> None:
     proven(tmp_path / "out", directory)
     nearest = [g for g in summary.groups if g["names"][0].startswith("model.layers.1.mlp.experts.2.")]
     equal({g["method"] for g in nearest}, {"nearest"})
-    true(any("experts.2" in warning for warning in summary.warnings), str(summary.warnings))
+    path = "model.layers.1.mlp.experts.2"
+    for wanted in (f"{path}: 0 tokens, of 192 on average", f"{path}.down_proj: no token reached it; its input scale"):
+        true(any(warning.startswith(wanted) for warning in summary.warnings), f"{wanted!r} of {summary.warnings}")
+    found = models.read_all(tmp_path / "out")
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        scales = [found[f"model.layers.1.mlp.experts.{e}.{projection}.input_scale"] for e in range(models.EXPERTS)]
+        reached = [scale for scale, count in zip(scales, counts, strict=True) if count]
+        equal(scales[2], torch.stack(reached).amax(), projection)
 
 
 def test_every_expert(tmp_path: Path) -> None:

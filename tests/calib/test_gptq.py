@@ -109,6 +109,8 @@ def test_head_room_keeps_moved_weights_from_saturating(rng: torch.Generator) -> 
     tight, roomy = GPTQ(headroom=1.0), GPTQ(headroom=4.0)
     counts = [gptq(w, factorize(h, o), SEARCH, tensor_amax(w.abs().amax(), o)).saturated for o in (tight, roomy)]
     true(counts[0] > 0 and counts[1] == 0, str(counts))
+    _, report = Quantizer(tight)([Member("a.weight", "a.weight", SEARCH)], [w], Statistics(torch.tensor(1.0), 600, h))
+    equal((report.saturated, report.to_json()["saturated"]), (counts[0], counts[0]))
 
 
 def test_damping_is_raised_until_the_hessian_is_positive_definite(rng: torch.Generator) -> None:
@@ -120,6 +122,29 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(rng: torch.Gen
     true(factorize(torch.full((16, 16), torch.nan), GPTQ()) is None, "NaN")
 
 
+def test_the_order_is_by_power_and_keeps_blocks(rng: torch.Generator) -> None:
+    _, h = problem(rng)
+    power = h.diagonal()
+    equal(factorize(h, GPTQ(activation_order=False)).order, torch.arange(160))
+    order = factorize(h, GPTQ(activation_order=True)).order.view(-1, 16)
+    equal((order // 16).amin(1), (order // 16).amax(1), "columns of one block")
+    equal(sorted(order.flatten().tolist()), list(range(160)))
+    for found in (power[order].sum(1), *power[order]):
+        equal(found, found.sort(descending=True).values, "power")
+
+
+def test_the_factor_is_of_float64(rng: torch.Generator) -> None:
+    """A Hessian that float32 could not invert, and would ask for more damping."""
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=rng, dtype=torch.float64)).Q
+    h = ((basis * torch.logspace(0, -9, 64, dtype=torch.float64)) @ basis.T).float()
+    options = GPTQ(damping=1e-7, activation_order=False)
+    factor = factorize(h, options)
+    equal(factor.damping, 1e-7)
+    damped = h.double() + 1e-7 * h.double().diagonal().mean() * torch.eye(64)
+    upper = factor.upper.double()
+    close(upper @ damped @ upper.T, torch.eye(64), 1e-2)
+
+
 def test_a_hopeless_hessian_falls_back_to_nearest(rng: torch.Generator) -> None:
     w, _ = problem(rng, 16, 32)
     statistics = Statistics(torch.tensor(1.0), 10, -torch.eye(32) + torch.ones(32, 32) * 1.5)
@@ -127,6 +152,19 @@ def test_a_hopeless_hessian_falls_back_to_nearest(rng: torch.Generator) -> None:
     equal(report.method, "nearest")
     true("positive definite" in report.why, report.why)
     same_bits(q.packed, quantize(w, NVFP4()).packed)
+
+
+@pytest.mark.parametrize("options", [None, GPTQ()], ids=["nearest", "GPTQ"])
+def test_without_tokens_scales_are_those_of_the_weights(rng: torch.Generator, options: GPTQ | None) -> None:
+    w, _ = problem(rng, 16, 32)
+    fmt = NVFP4(scale_rule="search", error="hessian")
+    (q,), report = Quantizer(options)(
+        [Member("a.weight", "a.weight", fmt)], [w], Statistics(torch.tensor(0.0), 0, None)
+    )
+    wanted = quantize(w, SEARCH)
+    same_bits(q.packed, wanted.packed)
+    same_bits(q.block_scale, wanted.block_scale)
+    equal((q.format, report.method, report.error, bool(report.why)), (fmt, "nearest", None, options is not None))
 
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": 2.0}, {"headroom": 0.5}])

@@ -1,7 +1,9 @@
 """Inputs of many kinds, for the kernels."""
 
+import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,5 +39,20 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
         elif kind == "constant":
             x = torch.full(shape, -1.7)
         return x.to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Callable[..., Tensor]:
+    """far(shape, strides): random bfloat16 as far apart as the strides say, in a file of holes that takes no room."""
+
+    def build(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        file = tmp_path / "holes"
+        file.touch()
+        os.truncate(file, 2 * span)
+        x = torch.from_file(str(file), shared=True, size=span, dtype=torch.bfloat16).as_strided(shape, strides)
+        return x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))))
 
     return build

@@ -40,3 +40,12 @@ def extras(rng: torch.Generator, fmt: NVFP4, columns: int) -> list[dict[str, Ten
     a = torch.randn(columns // 16, 24, 16, generator=rng)
     b = a[:, :3] + 4 * torch.randn(columns // 16, 3, 1, generator=rng)
     return [{"hessian": h} for h in (a.mT @ a, b.mT @ b, b.mT @ b + 1e-3 * torch.eye(16))]
+
+
+def overflowing() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(x, amax, Hessian) such that d · d overflows but its error does not, and that twice H does."""
+    x = torch.full((2, 16), 2.0**70)
+    return [
+        (x, torch.tensor(2688.0), torch.eye(16)[None] * 2.0**-50),
+        (x * 2.0**-135, torch.tensor(2.0**-65), torch.eye(16)[None] * 2.0**127),
+    ]

@@ -107,10 +107,8 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_compile, "_SMALL", 1 << 10)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    try:
-        yield request.param
-    finally:
-        torch.set_num_threads(before)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 # --- golden vectors -------------------------------------------------------------------------------------------------
@@ -194,6 +192,7 @@ def views(rng: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
         "broadcast matrices": x.expand(3, -1, -1),
         "permuted": y.permute(2, 0, 1, 3),
         "permuted, last too": y.permute(1, 3, 0, 2),
+        "reversed": torch.randn(64, 8, 2, generator=rng).to(dtype).permute(2, 1, 0),  # row 15 lies 15 after row 0
         "sliced matrices": y[::2, 1:5, 3:20],
         "one row of a transposed": x.mT[7:8],
     }

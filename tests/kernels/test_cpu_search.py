@@ -10,7 +10,7 @@ from halfbyte.kernels._curvature import curvature
 from halfbyte.numerics import search
 
 from ..check import true
-from .search_inputs import FORMATS, extras, searched
+from .search_inputs import FORMATS, extras, overflowing, searched
 from .test_cpu import DTYPES, check_nvfp4, nasty, threads, views
 
 __all__ = ["threads"]
@@ -49,6 +49,13 @@ def test_hadamard_and_other_maxima(rng: torch.Generator) -> None:
     check_nvfp4(x, NVFP4(scale_rule="search", hadamard=True))
     for e4m3_max in (256, 288, 320):
         check_nvfp4(x, NVFP4(scale_rule="search", e4m3_max=e4m3_max))
+
+
+@pytest.mark.parametrize("case", overflowing(), ids=["distances", "Hessian"])
+def test_hessian_errors_at_the_ends_of_float32(case: tuple[torch.Tensor, ...]) -> None:
+    x, amax, hessian = case
+    for block in ((1, 16), (16, 16)):
+        check_nvfp4(x, NVFP4(block, scale_rule="search", error="hessian"), amax=amax, hessian=hessian)
 
 
 @pytest.mark.parametrize("name", ["identity", "random", "correlated", "nearly singular"])

@@ -66,6 +66,22 @@ def test_all_three_give_the_same_bits(rng: torch.Generator, given: bool) -> None
     true(len(seen) > 20, f"only scales {seen}")
 
 
+def test_a_scale_whose_loss_overflows_is_never_the_best() -> None:
+    """Weights that one scale holds exactly, and a factor that makes infinities, and NaN, of any other's errors."""
+    grid = torch.tensor([6.0, 0, 0.5, 1, 1.5, 2, 3, 4]).repeat(3, 2)
+    code = torch.tensor([20, 64, 126], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = grid * code.float()[:, None]
+    factor = torch.full((16, 16), 2.0**62).triu(1) + 2.0**-66 * torch.eye(16)
+    for round_block, device in (
+        (numerics.round_block, "cpu"),
+        (cpu_gptq.round_block, "cpu"),
+        (triton_gptq.round_block, DEVICE),
+    ):
+        _, chosen, error = round_block(*(x.to(device) for x in (weight, factor, torch.ones(()))), None)
+        same_bits(chosen.cpu(), code, round_block.__module__)
+        true(not error.any(), f"an error in {round_block.__module__}")
+
+
 @pytest.mark.skipif(INTERPRETING, reason="too much for the interpreter")
 def test_whole_weights_on_the_gpu(rng: torch.Generator) -> None:
     """Beside the contract on the same GPU: the same bytes, the rest of the arithmetic being the same calls."""

@@ -1,6 +1,7 @@
 """Scale rule `search` in Triton, against the contract; on a GPU, or a little of it in the interpreter."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ pytest.importorskip("triton")
 
 from halfbyte import NVFP4
 from halfbyte.kernels import _target, fake_quantize, quantize, transposed
+from halfbyte.kernels.cpu import nvfp4 as cpu
 from halfbyte.numerics import nvfp4
 
 from ..check import true
-from .search_inputs import FORMATS, extras, searched
+from .search_inputs import FORMATS, extras, overflowing, searched
 from .test_cpu import same, views
 
 INTERPRETING = _target.INTERPRETING
@@ -55,6 +57,41 @@ def test_given_amax(fmt: NVFP4, rng: torch.Generator) -> None:
     amax = given[:, None].expand(-1, 17) if fmt.scaling == "row" else given
     for extra in extras(rng, fmt, 48):
         check(x, fmt, per_matrix=True, amax=amax, **extra)
+
+
+@pytest.mark.parametrize("error", ["mse"] if INTERPRETING else ["mse", "mae"])
+def test_on_the_brink(error: str, rng: torch.Generator) -> None:
+    """Blocks of which half is multiplied by the last factor that keeps the best scale, and by the next float."""
+    fmt = NVFP4(scale_rule="search", error=error)
+    for exponent in (0,) if INTERPRETING else (-40, -3, 0, 17, 40):
+        for coarse in (False,) if INTERPRETING else (False, True):
+            rows, amax = 32 if INTERPRETING else 4096, torch.tensor(1.37 * 2.0**exponent)
+            x = torch.randn(rows, 16, generator=rng)
+            x = (3 * x).round() / 2 if coarse else x
+            x = x / x.abs().amax(1, keepdim=True) * amax * torch.exp2(-7 * torch.rand(rows, 1, generator=rng))
+            x[:, :8] *= 0.99  # so that the largest may be in either half
+
+            def blocks(factor: Tensor, x: Tensor = x) -> Tensor:
+                return torch.cat((x[:, :8] * factor[:, None], x[:, 8:]), 1)
+
+            def best(factor: Tensor, amax: Tensor = amax, blocks: Callable[[Tensor], Tensor] = blocks) -> Tensor:
+                return cpu.quantize(blocks(factor), fmt, amax=amax).block_scale.view(torch.uint8)[:, 0]
+
+            low, high = torch.full((rows,), 0.5), torch.ones(rows)
+            first = best(low)
+            true((best(high) != first).any(), "some blocks have a brink")
+            for _ in range(25):
+                middle = ((low.view(torch.int32) + high.view(torch.int32)) // 2).view(torch.float32)
+                same_one = best(middle) == first
+                low, high = torch.where(same_one, middle, low), torch.where(same_one, high, middle)
+            for factor in (low, high):
+                check(blocks(factor), fmt, amax=amax)
+
+
+@pytest.mark.parametrize("case", overflowing(), ids=["distances", "Hessian"])
+def test_hessian_errors_at_the_ends_of_float32(case: tuple[Tensor, ...]) -> None:
+    x, amax, hessian = case
+    check(x, NVFP4(scale_rule="search", error="hessian"), amax=amax, hessian=hessian)
 
 
 @on_gpu

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 
 NAME = "halfbyte_observed"
 
@@ -20,6 +21,9 @@ def observed(layer: nn.Module, wanted: bool) -> Iterator[dict[str, list[Tensor]]
 
     Yields:
         [k, v] maxima, float32 (), by the path of the attention in the layer; filled as the layer runs.
+
+    Raises:
+        UnsupportedError: while the layer runs: its attention is none of transformers'.
     """
     if not wanted:
         yield {}
@@ -38,7 +42,11 @@ def observed(layer: nn.Module, wanted: bool) -> Iterator[dict[str, list[Tensor]]
         old = maxima.get(paths[id(module)])
         new = found if old is None else [torch.maximum(a, b) for a, b in zip(old, found, strict=True)]
         maxima[paths[id(module)]] = new
-        return ALL_ATTENTION_FUNCTIONS[before[id(module.config)]](module, query, key, value, *args, **kwargs)
+        name = before[id(module.config)]
+        attention = ALL_ATTENTION_FUNCTIONS.get(name, _eager(module))
+        if attention is None:
+            raise UnsupportedError(f"{paths[id(module)]}: attention {name!r} is not known; use kv_cache=fp8, a cast")
+        return attention(module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     for config in configs.values():
@@ -48,3 +56,9 @@ def observed(layer: nn.Module, wanted: bool) -> Iterator[dict[str, list[Tensor]]
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+def _eager(module: nn.Module) -> Any:
+    """What transformers' models fall back to where nothing else computes their attention: each file has its own."""
+    files = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+    return next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)

@@ -10,6 +10,11 @@ LEAST = 2.0**-60
 """Below this, of a curvature or of an error, underflow might matter: no bound."""
 
 
+def doubled(hessian: Tensor) -> Tensor:
+    """(B, 16, 16) float32 with what is above the diagonal doubled and what is below left out, contiguous."""
+    return (2 * hessian.triu(1) + torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))).contiguous()
+
+
 def curvature(hessian: Tensor) -> Tensor:
     """(B, 16, 16) float32 → μ, (B, 16) float32: a computed dᵀHd is at least μᵢ·dᵢ², whatever the other elements are.
 

@@ -191,7 +191,7 @@ def _clipped(t, value, w, mu_ptr, WEIGHTED: tl.constexpr, F: tl.constexpr):
     for i in tl.static_range(16):
         d = tl.maximum(tl.abs(t[i]) - 6.0 * value, 0.0)
         if F.error == "hessian":
-            total = tl.maximum(total, (d * d) * tl.load(mu_ptr + i))
+            total = tl.maximum(total, d * (d * tl.load(mu_ptr + i)))  # d · d may overflow where this does not
         else:
             total += _term(d, w[i], WEIGHTED, F)
     total = sum_of_rows(total, F)

@@ -33,7 +33,7 @@ def flat_amax(
     largest = tl.zeros((BB * 8,), tl.int32)
     for step in tl.static_range(STEPS):
         first = start + step * BB
-        mask = within < (blocks - first) * 8
+        mask = within < tl.minimum(blocks - first, BB) * 8  # of what is left eight times may be beyond int32
         words, lo, hi = load_blocks(x_ptr, (p * blocks + first) * 16, within, mask, 1, True, KIND)  # [BB·8]
         largest = running_abs_max(largest, words, lo, hi, KIND, NATIVE)
     return tl.max(running_abs_max_bits(largest, KIND, NATIVE), 0)
@@ -58,7 +58,7 @@ def block_amax_tiles(
             base = p * stride_p
             row = (block // blocks_per_row).to(tl.int64)
             column = (block % blocks_per_row).to(tl.int64)
-            offsets = row[:, None] * stride_m + (column[:, None] * 8 + pairs[None, :]) * (2 * stride_k)
+            offsets = row[:, None] * stride_m + (column[:, None] * 8 + pairs[None, :]) * 2 * stride_k
         words, lo, hi = load_blocks(x_ptr, base, offsets, mask, stride_k, DENSE, KIND)  # [BB, 8]
         if HADAMARD:
             words, lo, hi = hadamard_words(lo, hi, KIND, NATIVE)
@@ -102,7 +102,7 @@ def _row_amax(
         block = step * NB + tl.arange(0, NB)  # [NB]
         offsets = block[:, None] * 8 + pairs[None, :]  # [NB, 8]
         if not DENSE:
-            offsets = offsets.to(tl.int64) * (2 * stride_k)
+            offsets = offsets.to(tl.int64) * 2 * stride_k
         words, lo, hi = load_blocks(x_ptr, base, offsets, (block < columns // 16)[:, None], stride_k, DENSE, KIND)
         if HADAMARD:
             lo, hi = hadamard(lo, hi, KIND)

@@ -41,7 +41,7 @@ def _quantize(
         base = tl.zeros((), tl.int64)
         column = (block % blocks_per_row).to(tl.int64)
         offsets = (block // blocks_per_row).to(tl.int64)[:, None] * stride_m
-        offsets += (column[:, None] * 16 + pairs[None, :]) * (2 * stride_k)
+        offsets += (column[:, None] * 16 + pairs[None, :]) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND)  # [BB, 16]
     amax = block_abs_max(words, lo, hi, KIND, DENSE, NATIVE)  # [BB]
     code = e8m0_code(amax * 0.002232142956927419)  # fl32(1/448)

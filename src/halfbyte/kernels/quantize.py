@@ -58,7 +58,7 @@ def quantize_tile(
         base = p * stride_p
         column = (block % blocks_per_row).to(tl.int64)
         offsets = (block // blocks_per_row).to(tl.int64)[:, None] * stride_m
-        offsets += (column[:, None] * 8 + pairs[None, :]) * (2 * stride_k)
+        offsets += (column[:, None] * 8 + pairs[None, :]) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND, LAST)  # [BB, 8]
     if F.hadamard:
         words, lo, hi = hadamard_words(lo, hi, KIND, NATIVE)
@@ -160,7 +160,7 @@ def _quantize_16x16(
     else:
         base = p * stride_p + row0.to(tl.int64) * stride_m + column0.to(tl.int64) * 16 * stride_k
         offsets = row.to(tl.int64)[:, :, None] * stride_m
-        offsets += (column[:, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
+        offsets += (column[:, :, None] * 8 + pairs).to(tl.int64) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, None], stride_k, DENSE, KIND)
     if F.hadamard:
         lo, hi = hadamard(lo, hi, KIND)

@@ -40,7 +40,7 @@ def _quantize_row(
         base = pid * blocks_per_row * 16
     else:
         base = (pid // rows) * stride_p + (pid % rows) * stride_m
-        offsets = offsets.to(tl.int64) * (2 * stride_k)
+        offsets = offsets.to(tl.int64) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, None], stride_k, DENSE, KIND)
     if F.hadamard:
         lo, hi = hadamard(lo, hi, KIND)

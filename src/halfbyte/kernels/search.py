@@ -11,13 +11,12 @@ A program takes 16 rows of N blocks, or with a Hessian 16·T rows of one block: 
 
 from __future__ import annotations
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import NVFP4
 from . import _target
-from ._curvature import curvature
+from ._curvature import curvature, doubled
 from ._fp8 import e4m3_code
 from ._launch import cdiv
 from ._launch import launch as launch_kernel
@@ -49,7 +48,7 @@ def _search(
     else:
         base = p * stride_p + row0.to(tl.int64) * stride_m + column0.to(tl.int64) * 16 * stride_k
         offsets = local_row.to(tl.int64)[:, :, :, None] * stride_m
-        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * (2 * stride_k)
+        offsets += (local_column[:, :, :, None] * 8 + pairs).to(tl.int64) * 2 * stride_k
     words, lo, hi = load_blocks(x_ptr, base, offsets, mask[:, :, :, None], stride_k, DENSE, KIND)
     if F.hadamard:
         lo, hi = hadamard(lo, hi, KIND)
@@ -112,7 +111,7 @@ def launch(
     if hessian is not None:
         h = hessian.float()
         mu = curvature(h).contiguous()
-        h = (2 * h - torch.diag_embed(h.diagonal(dim1=-2, dim2=-1))).contiguous()  # of this the upper triangle is read
+        h = doubled(h)
     nb, t = (1, 4) if hessian is not None else (16, 1)
     blocks_per_row = m.columns // 16
     row_tiles, column_tiles = cdiv(m.rows, 16 * t), cdiv(blocks_per_row, nb)

@@ -30,6 +30,7 @@ from ._tiles import Matrices, as_matrices, load_blocks
 from .amax import amax as compute_amax
 
 ALONE, TOGETHER = (128, 64), (64, 128)  # rows and columns of a tile
+GRID = 65535  # programs along the second and third dimension of a grid
 BLOCKS = 256  # blocks of the rows that a program holds at a time: two a thread
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -154,7 +155,7 @@ def supports_view(m: Matrices, fmt: NVFP4) -> bool:
 
 
 def _in_a_grid(m: Matrices) -> bool:
-    return m.rows < 1 << 22 and m.columns < 1 << 22 and m.matrices < 1 << 16
+    return max(m.rows, m.columns) <= GRID * TOGETHER[0] and m.matrices <= GRID
 
 
 def quantize_into(

@@ -54,7 +54,7 @@ def _search(
     loss = torch.zeros_like(error[..., 0])
     for e in error.unbind(-1):  # in the order of columns
         loss += e * e
-    best = loss.nan_to_num(nan=torch.inf).argmin(1)  # a tie keeps the smaller scale
+    best = loss.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(1)  # a tie keeps the smaller scale
     rows = torch.arange(len(weight), device=weight.device)
     chosen = candidate[rows, best].to(torch.uint8).view(torch.float8_e4m3fn)
     return codes[rows, best], chosen, error[rows, best]

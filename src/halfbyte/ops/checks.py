@@ -104,9 +104,11 @@ def check_error_weights(x: Tensor | None, fmt: NVFP4, importance: Tensor | None,
                 f"{name} is {kind}; needs torch.float32 of shape {wanted[name]} for x of {columns} columns"
             )
         # On a GPU a look at the values would wait for it, under torch.compile it would break the graph.
-        look = name == "importance" and value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if look and not bool(((value >= 0) & value.isfinite()).all()):
+        look = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and name == "importance" and not bool(((value >= 0) & value.isfinite()).all()):
             raise FormatError("importance has a negative, infinite or NaN weight; the search needs them from 0 up")
+        if look and name == "hessian" and not bool(value.isfinite().all()):
+            raise FormatError("hessian has an infinite or NaN entry, under which every scale is as bad as any other")
         if value.device != x.device:
             raise ShapeError(f"{name} is on {value.device}, x on {x.device}; move one with .to(device)")
 

@@ -63,7 +63,7 @@ def parse(text: str, name: str) -> list[Document]:
     """All documents of a YAML text.
 
     Raises:
-        FormatError: not YAML, or a key is there twice.
+        FormatError: not YAML, or more than JSON can hold, or a key is there twice.
     """
     loader = yaml.SafeLoader(text)
     documents = []
@@ -71,9 +71,10 @@ def parse(text: str, name: str) -> list[Document]:
         while loader.check_node():
             node = loader.get_node()
             assert node is not None  # check_node saw it
-            lines = dict(_lines(node, (), name))
-            documents.append(Document(name, loader.construct_document(node), lines))
-    except (yaml.YAMLError, ValueError) as error:
+            data = loader.construct_document(node)
+            json.dumps(data, default=str)  # which a value that contains itself, or a date as a key, cannot become
+            documents.append(Document(name, data, dict(_lines(node, (), name))))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         mark = getattr(error, "problem_mark", None)
@@ -132,7 +133,7 @@ def with_overrides(document: Document, overrides: Iterable[str]) -> Document:
 def _index(place: Any, part: str, key: Key, override: str) -> str | int:
     if isinstance(place, dict):
         return part
-    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
         return int(part)
     what = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
     raise FormatError(f"--set {override}: {dotted(key)} is {what}, which has no {part!r}")

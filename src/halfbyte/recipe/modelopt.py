@@ -18,6 +18,7 @@ from .imports import Placed, read
 _CALIBRATION = {"layerwise", "skip_forward_without_activation_calib", "distributed_sync", "fused", "block_size"}
 _MULTIPLIERS = ("start_multiplier", "stop_multiplier", "step_size")
 _KV = "*[kv]_bmm_quantizer"
+_PLACES = ("model.layers.0.self_attn", "")  # where a pattern may find a cache's quantizers, if not everywhere
 _ROUTED = ("experts", "block_sparse_moe")
 _MIXER_MLP = ("*.mixer.up_proj", "*.mixer.down_proj")
 _E2M1, _E4M3, _E8M0 = ("e2m1", [2, 1]), ("e4m3", [4, 3]), ("e8m0", [8, 0])
@@ -125,16 +126,16 @@ class _Found:
         elif self.disabled:
             raise entry.error(f"{name}: enabled after {self.disabled[-1]} was disabled; halfbyte wants those last")
         elif (glob := _modules(name, "weight_quantizer")) is not None:
-            self.weights.pop(glob, None)
-            self.weights[glob] = _weights(cfg, entry, algorithm)
+            _override(self.weights, glob, _weights(cfg, entry, algorithm))
             self.places[glob] = entry
         elif (glob := _modules(name, "input_quantizer")) is not None:
-            self.inputs[glob] = _input(cfg, entry)
+            _override(self.inputs, glob, _input(cfg, entry))
             self.places.setdefault(glob, entry)
         else:
             raise entry.error(f"quantizer_name: {name}; halfbyte quantizes weights, inputs and the KV cache of Linears")
 
     def _disable(self, name: str, entry: Placed) -> None:
+        caches = [fnmatch.fnmatchcase(f"{place}.{part}_bmm_quantizer", name) for place in _PLACES for part in "kv"]
         if "parent_class" in entry:
             if "Linear" in str(entry["parent_class"]):
                 raise entry.error(f"{name}: parent_class: {entry['parent_class']}; halfbyte selects by name")
@@ -142,8 +143,10 @@ class _Found:
             for found in (self.weights, self.inputs, self.places, self.disabled):
                 found.clear()
             self.kv_cache, self.base = "none", True
-        elif name == _KV:
+        elif all(caches):
             self.kv_cache = "none"
+        elif any(caches) and self.kv_cache != "none":
+            raise entry.error(f"{name}: leaves a part of the KV cache out; halfbyte's is FP8 as a whole, or not at all")
         elif _modules(name, "input_quantizer") == "*":
             self.inputs.clear()
         elif name.endswith("_quantizer"):
@@ -156,7 +159,7 @@ class _Found:
         """Weights, overrides, activations, kv_cache and policy of ours."""
         if not self.weights:
             raise body.error("quant_cfg: quantizes no weight")
-        if unused := [glob for glob in self.inputs if glob != "*" and glob not in self.weights]:
+        if unused := [glob for glob in self.inputs if glob not in self.weights]:
             raise self.places[unused[0]].error(f"input_quantizer of {unused[0]}: its weights are not quantized")
         activations = {self._activations(glob) for glob in self.weights} - {"mxfp8"}
         if len(activations) > 1:
@@ -190,6 +193,14 @@ class _Found:
         if any(self.weights[glob] != self.weights[globs[0]] for glob in globs):
             raise self.places[globs[-1]].error("weight_quantizer: two formats need one for '*' that others override")
         return "mlp" if "*mlp*" in others else "routed_experts"
+
+
+def _override(found: dict[str, Any], glob: str, value: Any) -> None:
+    """The entry wins over all before it that it matches too; of those that it may match in part, all are kept."""
+    if glob == "*":
+        found.clear()
+    found.pop(glob, None)
+    found[glob] = value
 
 
 def _modules(name: str, quantizer: str) -> str | None:

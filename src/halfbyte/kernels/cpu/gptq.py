@@ -20,7 +20,7 @@ COLUMNS = 16
 BELOW = 8  # candidates below the smallest scale that clips nothing; the others are that one and seven above
 LAST = 126
 _LANE = np.arange(LANES, dtype=np.uint8)
-_ZERO, _ONE, _SIX = (np.float32(v) for v in (0, 1, 6))
+_ZERO, _ONE, _SIX, _INFINITY = (np.float32(v) for v in (0, 1, 6, np.inf))
 # Float32 memory for one block: the columns, their errors and codes (by their bits), each under every candidate.
 _ERROR, _CODE, _CANDIDATE, _LOSS, GROUP = 256, 512, 768, 784, 800
 
@@ -102,7 +102,7 @@ def _round(
             store(g, _CODE + j * LANES, from_bits(code))
             for k in range(j + 1, COLUMNS):
                 store(g, k * LANES, load(g, k * LANES) - e * item(factor, j * COLUMNS + k))
-        store(g, _LOSS, loss)
+        store(g, _LOSS, where(loss < _INFINITY, loss, _INFINITY))  # NaN too
         best = 0
         for c in range(1, LANES):
             if item(g, _LOSS + c) < item(g, _LOSS + best):

@@ -14,7 +14,7 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from .._curvature import LEAST, curvature
+from .._curvature import LEAST, curvature, doubled
 from .compile import jit, jit_apart
 from .elements import F32_MAX, MAGNITUDE, e2m1_magnitude, e4m3, e4m3_value
 from .group import ENCODE, MAGNITUDES, TARGETS, WEIGHTS, element_scales, sum_of_rows
@@ -49,8 +49,7 @@ def search_rule(
     """The rule's arrays; without importance its weights are one, and a product with one rounds nothing."""
     if hessian is not None:
         h = hessian.detach().float()
-        doubled = 2 * h.triu(1) + torch.diag_embed(h.diagonal(dim1=-2, dim2=-1))
-        return HessianSearch(six_e, doubled.reshape(-1).numpy(), curvature(h).reshape(-1).numpy())
+        return HessianSearch(six_e, doubled(h).view(-1).numpy(), curvature(h).reshape(-1).numpy())
     pitch = blocks + 15  # the last blocks of a row are read sixteen at a time
     weights = torch.ones(16, pitch)
     if importance is not None:
@@ -172,7 +171,7 @@ def _clipped_error(g: Any, value: Any, tile: Any, rule: Any, block: Any) -> Any:
         for i in range(16):
             d = from_bits(bits(load(g, TARGETS + i * 16)) & MAGNITUDE) - value * _SIX
             d = where(d > _ZERO, d, _ZERO)
-            cost = (d * d) * item(rule.curvature, block * 16 + i)
+            cost = d * (d * item(rule.curvature, block * 16 + i))  # d · d may overflow where this does not
             most = where(cost > most, cost, most)
         total = sum_of_rows(most) if tile else most
         return where(total > _LEAST, total, -F32_MAX)

@@ -123,7 +123,7 @@ def read_down(x: Source, row: int, column: int, count: int, held: Any) -> None:
     """held[i·16 …] = the sixteen elements from (row + i, column) on; count ≤ 16."""
     start = row_start(x, row)
     # In a transposed matrix the columns are what lies together.
-    transposed = x.step != 1 and count == 16 and row_start(x, row + 15) == start + 15
+    transposed = x.step != 1 and count == 16 and x.strides[-1] == 1 and row % x.sizes[-1] + 16 <= x.sizes[-1]
     if transposed or x.step == 1:
         for i in range(count):
             at = start + (column + i) * x.step if transposed else row_start(x, row + i) + column
