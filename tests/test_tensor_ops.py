@@ -159,6 +159,19 @@ def test_refused_by_name(rng: torch.Generator, name: str, kind: str) -> None:
         REFUSED[name](make(kind, rng))
 
 
+def test_what_is_no_operator_is_refused_too(rng: torch.Generator) -> None:
+    """Torch's own would change nothing, without a word, and give away memory that is not there."""
+    q, other = make("tensor", rng, 16, 64), make("tensor", rng, 16, 64)
+    before = q.clone()
+    with pytest.raises(UnsupportedError, match=r"^q.data = .*use q.copy_"):
+        q.data = other
+    with pytest.raises(UnsupportedError, match=r"^__dlpack__ on a QuantizedTensor"):
+        torch.from_dlpack(q)
+    same(q, before)
+    same(torch.nn.Parameter(q).data, before)
+    equal(torch.nn.Parameter(q).data.requires_grad, False)
+
+
 def test_joins_want_the_same_kind(rng: torch.Generator) -> None:
     with pytest.raises(UnsupportedError, match="must be alike"):
         torch.stack([make("tensor", rng, 16, 64), make("row", rng, 16, 64)])

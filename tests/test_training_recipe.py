@@ -212,6 +212,16 @@ def test_megatrons_precision_config(tmp_path: Path) -> None:
     equal(recipe.policy, default.policy)
 
 
+def test_a_precision_config_keeps_the_rest_of_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "precision.yaml"
+    file.write_text(PRECISION)
+    name = names.parse("model.layers.0.self_attn.o_proj.weight")
+    mxfp8 = LayerRecipe(MX, MX, evaluation="high_precision", batch_invariant=True)
+    equal(read_precision_config(file, TrainingRecipe(ROW, batch_invariant=True)).layer(name), mxfp8)
+    with pytest.raises(FormatError, match="means the default recipe's formats, none of which is NVFP4"):
+        read_precision_config(file, TrainingRecipe(MX, MX))
+
+
 BAD_CONFIGS = {
     "an unknown matcher type": (
         'type: glob, enabled: true, pattern: "*.linear_qkv"',

@@ -6,7 +6,7 @@
     high_precision    dx = dy·w, dw = dyᵀ·x       of the originals, which are saved
     dequantized       dx = dy·ŵ, dw = dyᵀ·x̂       decoded, each rounded once to dy's dtype; 4-bit data is saved
 
-Given up: a backward that is differentiable itself.
+Given up: a backward that is differentiable itself; whoever asks for it is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..formats import NVFP4
 from ..ops.matmul import scaled_matmul
@@ -117,6 +118,7 @@ class QuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x, weight and bias."""
         *saved, weight_amax = ctx.saved_tensors

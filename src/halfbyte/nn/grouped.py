@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..errors import UnsupportedError
@@ -89,11 +90,13 @@ class GroupedFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x and weight."""
         *saved, offsets = ctx.saved_tensors
         layer, main_grad = ctx.layer, ctx.main_grad
         dx = dw = None
+        dy = aligned(dy)
         if ctx.needs_input_grad[0]:
             w = original_or_decoded(saved[3:], layer.weights, dy.dtype)
             dx = grouped_rows(dy, w, offsets)
@@ -150,6 +153,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x and weight."""
         *saved, offsets = ctx.saved_tensors
@@ -185,6 +189,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
             counts that a compiled graph does not know.
     """
     layer, groups = quantization.layer, quantization.groups
+    x = x.contiguous()
     main_grad = main_grad_of(weight) if quantization.main_grad and torch.is_grad_enabled() else None
     if layer.backward != "quantized":
         y: Tensor = GroupedFunction.apply(  # type: ignore[no-untyped-call]
@@ -354,8 +359,8 @@ def weights_amax(weight: Tensor, fmt: Format, groups: AmaxGroups) -> Tensor | No
 
 
 def grouped_rows(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """dy (T, N) times each row's expert's weight (E, N, K): (T, K)."""
-    if dy.dtype == MATMUL_DTYPE:
+    """dy (T, N) times each row's expert's weight (E, N, K): (T, K), with a gradient where one is wanted."""
+    if dy.dtype == MATMUL_DTYPE and dy.shape[0]:  # torch's takes no matrix without rows
         dx: Tensor = nn.functional.grouped_mm(dy, weight, offs=offsets)
         return _zero_after(dx, offsets)
     dx = dy.new_zeros((dy.shape[0], weight.shape[2]))
@@ -368,7 +373,7 @@ def grouped_rows(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_sums(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """For each expert dyᵀ·x over its rows: (E, N, K)."""
-    if dy.dtype == MATMUL_DTYPE:
+    if dy.dtype == MATMUL_DTYPE and dy.shape[0]:
         dw: Tensor = nn.functional.grouped_mm(dy.mT, x, offs=offsets)
         return dw
     dw = dy.new_zeros((offsets.shape[0], dy.shape[1], x.shape[1]))
@@ -377,6 +382,13 @@ def grouped_sums(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         dw[expert] = dy[start:end].mT @ x[start:end]
         start = end
     return dw
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """Rows as torch's grouped matmul takes them: each by itself, a multiple of 16 bytes after the one before."""
+    columns = rows.shape[1]
+    missing = -columns % 8
+    return nn.functional.pad(rows, (0, missing))[:, :columns] if missing else rows.contiguous()
 
 
 def _zero_after(rows: Tensor, offsets: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ class AmaxGroups:
     gradients: dist.ProcessGroup | None = None
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def encode(x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool = False) -> Encoded:
     """x (…, K) encoded."""
     if isinstance(fmt, MXFP8):

@@ -105,6 +105,21 @@ class QuantizedTensor(Tensor):
         scaling, hadamard = (fmt.scaling, fmt.hadamard) if isinstance(fmt, NVFP4) else (None, False)
         return FormatFacts(type(fmt).__name__, fmt.block_columns, scaling, hadamard)
 
+    @property
+    def data(self) -> QuantizedTensor:  # type: ignore[override]
+        """The same bytes without autograd's history; torch's own setter would change the shape and no byte."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedError("q.data = … on a QuantizedTensor: it would leave the bytes; use q.copy_(…)")
+
+    def __dlpack__(self, *_: Any, **__: Any) -> Any:
+        """Refuse: there is no one block of memory to give away."""
+        raise UnsupportedError(
+            "__dlpack__ on a QuantizedTensor: its bytes are in parts; give q.packed, or q.dequantize()"
+        )
+
     def replace(self, **changes: Any) -> QuantizedTensor:
         """The same with some attributes changed, like `dataclasses.replace`; nothing is copied."""
         fields: dict[str, Any] = {
