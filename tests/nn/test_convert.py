@@ -151,9 +151,10 @@ def test_fused_layers_share_a_scale() -> None:
     operand = mlp.up_proj.quantized_weight().operand
     same_bits(operand.values, q.dequantize(torch.bfloat16, unscaled=True))
     same_bits(operand.scale, q.tensor_scale)
-    revert(model)
-    convert(model, TrainingRecipe(share_fused_scales=False))
-    equal(weight_amax(mlp.up_proj), None)
+    for recipe in (TrainingRecipe(share_fused_scales=False), TrainingRecipe(weights=hb.NVFP4(scaling="row"))):
+        revert(model)
+        convert(model, recipe)
+        equal(weight_amax(mlp.up_proj), None, "each row has a scale of its own, or each tensor")
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import halfbyte as hb
 from halfbyte.errors import ShapeError
 from halfbyte.formats import Format
-from halfbyte.nn import Linear
+from halfbyte.nn import AmaxGroups, Linear
 from halfbyte.numerics import mxfp8, nvfp4
 from halfbyte.ops.gradient import new_state, words
 from halfbyte.ops.matmul import scaled_matmul
@@ -343,6 +343,12 @@ def test_a_copy_computes_the_same_and_shares_nothing(rng) -> None:
         same_bits(got, wanted)
     equal(layer.quantization.state.tolist(), [[0, 2], [0, 3]])
     equal(twin.quantization.state.tolist(), [[0, 2], [0, 3]])
+
+
+def test_a_copy_is_on_the_same_ranks() -> None:
+    layer = Linear(K, N)
+    layer.quantization.groups = AmaxGroups(torch.distributed.ProcessGroup(0, 1))
+    equal(copy.deepcopy(layer).quantization.groups is layer.quantization.groups, True)
 
 
 def test_drop_in_for_torchs_linear(rng) -> None:

@@ -60,7 +60,8 @@ class GroupedFunction(torch.autograd.Function):
         if layer.activations is None:
             a = Operand(x, None)
         else:
-            fmt, amax = by_rows(layer.activations), rows_amax(x, layer.activations, offsets, groups.activations)
+            fmt, group = by_rows(layer.activations), groups.of("activations", layer.activations)
+            amax = rows_amax(x, layer.activations, offsets, group)
             if dequantized and needs_weight:
                 encoded, a = encode_and_decode(x, fmt, amax)
                 saved = list(encoded)
@@ -131,7 +132,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         assert layer.activations is not None  # checked when the recipe was built
         assert layer.weights is not None
-        amax = rows_amax(x, layer.activations, offsets, groups.activations)
+        amax = rows_amax(x, layer.activations, offsets, groups.of("activations", layer.activations))
         a = fake(x, by_rows(layer.activations), amax)
         columns: list[Tensor | None] = [None] * 3
         if needs_weight:
@@ -161,7 +162,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         dx = dw = None
         rng, transposed_rng = current(state, dy) if layer.stochastic else (None, None)
         if ctx.needs_input_grad[0]:
-            amax = rows_amax(dy, layer.gradients, offsets, groups.gradients)
+            amax = rows_amax(dy, layer.gradients, offsets, groups.of("gradients", layer.gradients))
             g = _fake(dy, by_rows(layer.gradients), amax, rng)
             w = _dgrad_weights(saved[3:], layer, groups)
             dx = scaled_grouped_matmul(g.values, w.values, offsets, g.scale, w.scale, out_dtype=dy.dtype)
@@ -342,7 +343,7 @@ def _dgrad_weights(saved: list[Tensor | None], layer: LayerRecipe, groups: AmaxG
         values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
         return Operand(values.mT, scale)
     weight = data.detach().mT
-    return fake(weight, fmt, weights_amax(weight, fmt, groups), per_matrix=True)
+    return fake(weight, fmt, weights_amax(weight, fmt, groups, transposed=True), per_matrix=True)
 
 
 def by_rows(fmt: Format) -> Format:
@@ -350,12 +351,13 @@ def by_rows(fmt: Format) -> Format:
     return fmt if isinstance(fmt, MXFP8) else replace(fmt, scaling="row")
 
 
-def weights_amax(weight: Tensor, fmt: Format, groups: AmaxGroups) -> Tensor | None:
+def weights_amax(weight: Tensor, fmt: Format, groups: AmaxGroups, *, transposed: bool = False) -> Tensor | None:
     """(E,) or (E, N), reduced over the group; None where the weights' own will do."""
-    if groups.weights is None or isinstance(fmt, MXFP8):
+    group = groups.of("weights", fmt, transposed=transposed)
+    if group is None or isinstance(fmt, MXFP8):
         return None
     dims = (-1,) if fmt.scaling == "row" else (-2, -1)
-    return reduce_amax(weight.detach().abs().amax(dims).float(), groups.weights)
+    return reduce_amax(weight.detach().abs().amax(dims).float(), group)
 
 
 def grouped_rows(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def weight_amax(module: nn.Module) -> Tensor | None:
     """The maximum that a module's weight is quantized with; None where it is the weight's own."""
     q: Quantization = module.quantization  # type: ignore[assignment]
     fmt = q.layer.weights
-    group = q.groups.weights
+    group = q.groups.of("weights", fmt)
     if not isinstance(fmt, NVFP4) or (group is None and len(q.partners) < 2):
         return None
     weights: list[Tensor] = [partner.weight.detach() for partner in q.partners or (module,)]  # type: ignore[operator]
