@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import halfbyte as hb
 from halfbyte import names
@@ -30,6 +31,9 @@ ILLEGAL = {
     "4over6 gradients": ({"backward": "quantized", "gradients": SIX}, "4over6 is for weights and activations"),
     "Hessians": ({"weights": hb.NVFP4(scale_rule="search", error="hessian")}, "training has no Hessians"),
     "a hadamard that is no bool": ({"hadamard": 1}, "hadamard=1"),
+    "a main_grad that is none": ({"main_grad": torch.zeros(1)}, "needs True or False"),
+    "a reuse that is no bool": ({"reuse_weights": "no"}, "reuse_weights='no'"),
+    "a sharing that is no bool": ({"share_fused_scales": None}, "share_fused_scales=None"),
     "a seed of 65 bits": ({"seed": 2**64}, "seed="),
     "a policy that is none": ({"policy": "all"}, "policy='all'"),
     "an override that is none": ({"overrides": (NV,)}, "is not a LayerOverride"),

@@ -121,6 +121,20 @@ def test_distillation_loss(rng, temperature: float) -> None:
     equal(distillation_loss(teacher, teacher).item(), 0.0)
 
 
+def test_what_a_teacher_rules_out(rng) -> None:
+    """Logits of -inf, as a padded vocabulary has, in the teacher alone and in both."""
+    student, teacher = torch.randn(2, 4, 8, generator=rng)
+    teacher[:, 6:] = -torch.inf
+    for ruled_out in (slice(8, 8), slice(6, 8)):
+        student = student.detach().index_fill(1, torch.arange(8)[ruled_out], -torch.inf).requires_grad_()
+        loss = distillation_loss(student, teacher)
+        loss.backward()
+        log_s = student.detach().double().log_softmax(-1)[:, :6]
+        log_t = teacher.double().log_softmax(-1)[:, :6]
+        close(loss, (log_t.exp() * (log_t - log_s)).sum(-1).mean(), 1e-6)
+        close(student.grad * 4, student.detach().double().softmax(-1) - teacher.double().softmax(-1), 1e-6)
+
+
 def test_distillation_errors() -> None:
     a = torch.zeros(2, 3, 8)
     for call, message in (
