@@ -143,8 +143,10 @@ def test_fused_layers_share_a_scale() -> None:
     with torch.no_grad():
         mlp.gate_proj.weight[0, 0] = 9.0
         mlp.up_proj.weight[0, 0] = -5.0
+        model.layers[1].mlp.up_proj.weight[0, 0] = -7.0  # not the first of the group
     convert(model, TrainingRecipe())
     equal([float(weight_amax(mlp[name])) for name in ("gate_proj", "up_proj")], [9.0, 9.0])
+    equal([float(weight_amax(model.layers[1].mlp[name])) for name in ("gate_proj", "up_proj")], [7.0, 7.0])
     equal(weight_amax(model.layers[0].self_attn.o_proj), None)
     amax = torch.tensor(9.0)
     q = hb.quantize(mlp.up_proj.weight.detach(), hb.NVFP4(), amax=amax)

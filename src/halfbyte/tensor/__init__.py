@@ -190,7 +190,8 @@ class QuantizedTensor(Tensor):
         tensor_scale = None if unscaled else self.tensor_scale
         packed = self.packed
         if tensor_scale is not None and tensor_scale.dim() == packed.dim() == 1:  # flattened: scales of equal runs
-            packed, block_scale = (part.view(tensor_scale.numel(), -1) for part in (packed, block_scale))
+            runs = tensor_scale.numel()
+            packed, block_scale = (part.view(runs, part.numel() // max(runs, 1)) for part in (packed, block_scale))
         return ops.dequantize_nvfp4(packed, block_scale, tensor_scale, dtype, impl=impl).view(self.shape)
 
     def swizzle(self, per_matrix: bool = False, *, impl: ops.Impl = "auto") -> QuantizedTensor:
