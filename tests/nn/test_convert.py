@@ -153,10 +153,17 @@ def test_fused_layers_share_a_scale() -> None:
     operand = mlp.up_proj.quantized_weight().operand
     same_bits(operand.values, q.dequantize(torch.bfloat16, unscaled=True))
     same_bits(operand.scale, q.tensor_scale)
-    for recipe in (TrainingRecipe(share_fused_scales=False), TrainingRecipe(weights=hb.NVFP4(scaling="row"))):
+    apart = LayerOverride(LayerRecipe(weights=SIX), match=("gate_proj",))
+    for recipe in (
+        TrainingRecipe(share_fused_scales=False),
+        TrainingRecipe(weights=hb.NVFP4(scaling="row")),
+        TrainingRecipe(overrides=(apart,)),
+    ):
         revert(model)
         convert(model, recipe)
-        equal(weight_amax(mlp.up_proj), None, "each row has a scale of its own, or each tensor")
+        equal(
+            weight_amax(mlp.up_proj), None, "each row has a scale of its own, or each tensor, or the other format has"
+        )
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

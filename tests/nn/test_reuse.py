@@ -62,6 +62,16 @@ def test_a_partner_is_another() -> None:
         equal(float(mlp.up_proj.quantized_weight().amax), size)
 
 
+def test_the_same_parameter_is_put_in_again(rng) -> None:
+    """As FSDP does once it has gathered its data anew, which is no new version of it."""
+    x, w, bias, _ = data(rng, torch.float32)
+    layer = layer_of(RECIPES["dequantized"], w, bias, reuse_weights=True)
+    layer(x)
+    layer.weight.data.mul_(3)
+    layer.weight = layer.weight
+    same_bits(layer(x).detach(), layer_of(RECIPES["dequantized"], 3 * w, bias)(x).detach())
+
+
 def test_a_copy_keeps_nothing(rng) -> None:
     """Its parameters count their versions from 0: at the original's count they would seem to be the same."""
     x, w, bias, _ = data(rng, torch.float32)

@@ -56,9 +56,12 @@ def pick(impl: str, device: torch.device) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo warns where it traces a cache
 def _triton_runs_on(device: torch.device) -> bool:
     return _can_run_triton(device)
+
+
+# Dynamo warns where it traces a cache. torch.compiler.assume_constant_result does this too, and imports Dynamo for it.
+_triton_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
