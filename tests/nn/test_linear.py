@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import halfbyte as hb
-from halfbyte.errors import ShapeError
+from halfbyte.errors import FormatError, ShapeError
 from halfbyte.formats import Format
 from halfbyte.nn import AmaxGroups, Linear
 from halfbyte.numerics import mxfp8, nvfp4
@@ -365,6 +365,9 @@ def test_drop_in_for_torchs_linear(rng) -> None:
 
 
 def test_errors() -> None:
+    for wrong in ("weights", ("weight",)):
+        with pytest.raises(FormatError, match=r"along_columns=.*needs a tuple of 'activations', 'weights', 'gradients'"):
+            AmaxGroups(along_columns=wrong)
     with pytest.raises(ShapeError, match=r"Linear\(40, 96\): in_features=40 is not divisible by 16"):
         Linear(40, 96)
     with pytest.raises(ShapeError, match="in_features=48 is not divisible by 32"):

@@ -54,7 +54,7 @@ class AmaxGroups:
     along_columns: tuple[Sharded, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.along_columns, str) or set(self.along_columns) - set(get_args(Sharded)):
+        if not isinstance(self.along_columns, tuple) or set(self.along_columns) - set(get_args(Sharded)):
             raise FormatError(
                 f"along_columns={self.along_columns!r}: needs a tuple of {', '.join(map(repr, get_args(Sharded)))}"
             )

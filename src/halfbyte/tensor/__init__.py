@@ -106,7 +106,7 @@ class QuantizedTensor(Tensor):
         return FormatFacts(type(fmt).__name__, fmt.block_columns, scaling, hadamard)
 
     @property
-    def data(self) -> QuantizedTensor:  # type: ignore[override]
+    def data(self) -> QuantizedTensor:
         """The same bytes without autograd's history; torch's own setter would change the shape and no byte."""
         return self.detach()  # type: ignore[return-value]
 
