@@ -366,7 +366,7 @@ def test_drop_in_for_torchs_linear(rng) -> None:
 
 def test_errors() -> None:
     for wrong in ("weights", ("weight",)):
-        with pytest.raises(FormatError, match=r"along_columns=.*needs a tuple of 'activations', 'weights', 'gradients'"):
+        with pytest.raises(FormatError, match=r"along_columns=.*needs a tuple of 'activations', 'weights'"):
             AmaxGroups(along_columns=wrong)
     with pytest.raises(ShapeError, match=r"Linear\(40, 96\): in_features=40 is not divisible by 16"):
         Linear(40, 96)
