@@ -73,6 +73,9 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
     "columns, contiguous": (lambda t: t[..., :32].contiguous(), ALL),
     "columns, reshaped": (lambda t: t[..., :32].reshape(2, 2, 48, 32), ALL),
     "nothing": (lambda t: t[2:2], ALL),
+    "nothing, flattened": (lambda t: t[2:2].flatten(), ALL),
+    "no columns, unsqueezed": (lambda t: t[..., 32:32].unsqueeze(0), ALL),
+    "no columns of none": (lambda t: t[..., 32:32][..., :0], ALL),
     "index": (lambda t: t[torch.tensor([3, 0, 3])], ALL),
     "mask": (lambda t: t[torch.tensor([True, False, True, False])], ALL),
     "index_select": (lambda t: t.index_select(1, torch.tensor([7, 0])), {"tensor", "row", "mxfp8"}),
@@ -157,6 +160,19 @@ REFUSED: dict[str, Callable[[QuantizedTensor], object]] = {
 def test_refused_by_name(rng: torch.Generator, name: str, kind: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"^{name.strip()} .*(q\.dequantize\(\)|halfbyte\.quantize)"):
         REFUSED[name](make(kind, rng))
+
+
+def test_what_is_no_operator_is_refused_too(rng: torch.Generator) -> None:
+    """Torch's own would change nothing, without a word, and give away memory that is not there."""
+    q, other = make("tensor", rng, 16, 64), make("tensor", rng, 16, 64)
+    before = q.clone()
+    with pytest.raises(UnsupportedError, match=r"^q.data = .*use q.copy_"):
+        q.data = other
+    with pytest.raises(UnsupportedError, match=r"^__dlpack__ on a QuantizedTensor"):
+        torch.from_dlpack(q)
+    same(q, before)
+    same(torch.nn.Parameter(q).data, before)
+    equal(torch.nn.Parameter(q).data.requires_grad, False)
 
 
 def test_joins_want_the_same_kind(rng: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import halfbyte as hb
 from halfbyte import names
@@ -30,6 +31,9 @@ ILLEGAL = {
     "4over6 gradients": ({"backward": "quantized", "gradients": SIX}, "4over6 is for weights and activations"),
     "Hessians": ({"weights": hb.NVFP4(scale_rule="search", error="hessian")}, "training has no Hessians"),
     "a hadamard that is no bool": ({"hadamard": 1}, "hadamard=1"),
+    "a main_grad that is none": ({"main_grad": torch.zeros(1)}, "needs True or False"),
+    "a reuse that is no bool": ({"reuse_weights": "no"}, "reuse_weights='no'"),
+    "a sharing that is no bool": ({"share_fused_scales": None}, "share_fused_scales=None"),
     "a seed of 65 bits": ({"seed": 2**64}, "seed="),
     "a policy that is none": ({"policy": "all"}, "policy='all'"),
     "an override that is none": ({"overrides": (NV,)}, "is not a LayerOverride"),
@@ -210,6 +214,16 @@ def test_megatrons_precision_config(tmp_path: Path) -> None:
     ):
         equal(recipe.layer(names.parse(name)), wanted, name)
     equal(recipe.policy, default.policy)
+
+
+def test_a_precision_config_keeps_the_rest_of_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "precision.yaml"
+    file.write_text(PRECISION)
+    name = names.parse("model.layers.0.self_attn.o_proj.weight")
+    mxfp8 = LayerRecipe(MX, MX, evaluation="high_precision", batch_invariant=True)
+    equal(read_precision_config(file, TrainingRecipe(ROW, batch_invariant=True)).layer(name), mxfp8)
+    with pytest.raises(FormatError, match="means the default recipe's formats, none of which is NVFP4"):
+        read_precision_config(file, TrainingRecipe(MX, MX))
 
 
 BAD_CONFIGS = {

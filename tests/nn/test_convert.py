@@ -145,17 +145,27 @@ def test_fused_layers_share_a_scale() -> None:
     with torch.no_grad():
         mlp.gate_proj.weight[0, 0] = 9.0
         mlp.up_proj.weight[0, 0] = -5.0
+        model.layers[1].mlp.up_proj.weight[0, 0] = -7.0  # not the first of the group
     convert(model, TrainingRecipe())
     equal([float(weight_amax(mlp[name])) for name in ("gate_proj", "up_proj")], [9.0, 9.0])
+    equal([float(weight_amax(model.layers[1].mlp[name])) for name in ("gate_proj", "up_proj")], [7.0, 7.0])
     equal(weight_amax(model.layers[0].self_attn.o_proj), None)
     amax = torch.tensor(9.0)
     q = hb.quantize(mlp.up_proj.weight.detach(), hb.NVFP4(), amax=amax)
     operand = mlp.up_proj.quantized_weight().operand
     same_bits(operand.values, q.dequantize(torch.bfloat16, unscaled=True))
     same_bits(operand.scale, q.tensor_scale)
-    revert(model)
-    convert(model, TrainingRecipe(share_fused_scales=False))
-    equal(weight_amax(mlp.up_proj), None)
+    apart = LayerOverride(LayerRecipe(weights=SIX), match=("gate_proj",))
+    for recipe in (
+        TrainingRecipe(share_fused_scales=False),
+        TrainingRecipe(weights=hb.NVFP4(scaling="row")),
+        TrainingRecipe(overrides=(apart,)),
+    ):
+        revert(model)
+        convert(model, recipe)
+        equal(
+            weight_amax(mlp.up_proj), None, "each row has a scale of its own, or each tensor, or the other format has"
+        )
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

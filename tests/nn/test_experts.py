@@ -130,6 +130,38 @@ def matmul(a: Any, b: Any, transposed: bool = False) -> Tensor:
     return ops.scaled_matmul(a_values, b_values, a.tensor_scale, b.tensor_scale, out_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_of_any_strides_and_sizes(rng, name: str) -> None:
+    """torch's grouped matmul wants rows in 16 bytes; 20 columns have 40, and a gradient of ones has no strides."""
+    quantized = RECIPES[name].backward == "quantized"
+    layer = GroupedLinear(E, K, N if quantized else 20, dtype=torch.bfloat16, recipe=RECIPES[name])
+    x = torch.randn(K, TOKENS, generator=rng).bfloat16().mT
+    results = []
+    for leaf in (x.detach().requires_grad_(), x.contiguous().requires_grad_()):
+        layer.weight.grad = None
+        y = layer(leaf, OFFSETS)
+        y.sum().backward() if not results else y.backward(torch.ones_like(y))
+        results.append((y.detach(), leaf.grad.contiguous(), layer.weight.grad))
+    for got, wanted in zip(*results, strict=True):
+        same_bits(got, wanted)
+    nothing, layer.weight.grad = x[:0].detach().requires_grad_(), None
+    layer(nothing, torch.zeros_like(OFFSETS)).sum().backward()
+    equal((tuple(nothing.grad.shape), layer.weight.grad.count_nonzero().item()), ((0, K), 0))
+
+
+def test_evaluation_and_autocast(rng) -> None:
+    x = torch.randn(TOKENS, K, generator=rng)
+    layer = GroupedLinear(E, K, N, recipe=LayerRecipe(evaluation="high_precision"))
+    with torch.autocast("cpu", torch.bfloat16):
+        same_bits(layer(x, OFFSETS).detach(), layer(x.bfloat16(), OFFSETS).detach())
+        equal(layer.eval()(x, OFFSETS).dtype, torch.bfloat16)
+    y, start = layer(x, OFFSETS).detach(), 0
+    for expert, end in enumerate(OFFSETS.tolist()):
+        same_bits(y[start:end], x[start:end] @ layer.weight[expert].detach().mT)
+        start = end
+    equal(y[start:], torch.zeros(TOKENS - start, N))
+
+
 def test_an_outlier_of_one_expert_leaves_the_others_alone(rng) -> None:
     x = torch.randn(40, K, generator=rng)
     layer = GroupedLinear(E, K, N)

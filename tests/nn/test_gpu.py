@@ -160,3 +160,13 @@ def test_checkpointing_changes_nothing(rng: torch.Generator, name: str, reentran
         y.backward(dy)
         for what, a, e in zip(("y", "dx", "dw"), (y.detach(), leaf.grad, layers[1].weight.grad), wanted, strict=True):
             same_bits(a, e, what)
+
+
+def test_evaluated_before_it_is_trained(rng: torch.Generator) -> None:
+    """The first forward pass moves the random words' state, in inference mode too; backward passes write to it."""
+    x, w, bias, dy = data(rng, DTYPE)
+    layer = layer_of(RECIPES["quantized"], w, bias).cuda()
+    with torch.inference_mode():
+        layer(x.cuda())
+    run(layer, x.cuda(), dy.cuda())
+    equal(layer.quantization.state.tolist(), [[0, 2], [0, 3]])

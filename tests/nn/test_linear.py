@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import halfbyte as hb
-from halfbyte.errors import ShapeError
+from halfbyte.errors import FormatError, ShapeError
 from halfbyte.formats import Format
-from halfbyte.nn import Linear
+from halfbyte.nn import AmaxGroups, Linear
 from halfbyte.numerics import mxfp8, nvfp4
 from halfbyte.ops.gradient import new_state, words
 from halfbyte.ops.matmul import scaled_matmul
@@ -148,6 +148,50 @@ def test_gradients_are_the_formula(rng, name: str, dtype: torch.dtype, tokens: i
     same_bits(dx, wanted_dx.to(dtype), "dx")
     same_bits(dw, wanted_dw.to(dtype), "dw")
     equal(layer.bias.grad, dy.sum(0, dtype=torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_inputs_of_any_shape(rng, name: str) -> None:
+    x, w, bias, dy = data(rng, torch.bfloat16)
+    for shape in ((M,), (2, 3, 8), (0,), (2, 0)):
+        count = math.prod(shape)
+        results = []
+        for given, gradient in ((x[:count].view(*shape, K), dy[:count].view(*shape, N)), (x[:count], dy[:count])):
+            layer = layer_of(RECIPES[name], w, bias)
+            results.append([t.reshape(-1, t.shape[-1]) for t in (*run(layer, given, gradient), layer.bias.grad[None])])
+        for got, wanted in zip(*results, strict=True):
+            same_bits(got, wanted)
+        if count == 0:
+            equal([t.count_nonzero().item() for t in results[0]], [0] * 4)
+    leaf = x[0].clone().requires_grad_()
+    layer(leaf).backward(dy[0])
+    equal(tuple(leaf.grad.shape), (K,))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_of_what_needs_one(rng, name: str) -> None:
+    """Whatever is frozen, the others' are the same bits; strides do not matter either."""
+    x, w, bias, dy = data(rng, torch.bfloat16)
+    layer = layer_of(RECIPES[name], w, bias)
+    _, dx, dw = run(layer, x, dy)
+    wanted = dx, dw, layer.bias.grad
+    for needed in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        layer = layer_of(RECIPES[name], w, bias)
+        leaves = x.mT.contiguous().mT.requires_grad_(needed[0]), *layer.requires_grad_(False).parameters()
+        for leaf, need in zip(leaves, needed, strict=True):
+            leaf.requires_grad_(need)
+        layer(leaves[0]).backward(dy.mT.contiguous().mT)
+        for leaf, need, grad in zip(leaves, needed, wanted, strict=True):
+            same_bits(leaf.grad.contiguous(), grad) if need else equal(leaf.grad, None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_second_derivative_is_refused(rng, name: str) -> None:
+    x, w, _, _ = data(rng, torch.float32)
+    leaf = x.requires_grad_()
+    (dx,) = torch.autograd.grad(layer_of(RECIPES[name], w, None)(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (dx.square().sum() + leaf.square().sum()).backward()
 
 
 def test_gradients_of_a_quantized_backward_are_near_the_true_ones(rng) -> None:
@@ -291,27 +335,6 @@ def test_main_grad(rng, name: str) -> None:
         layer(x)
 
 
-def test_reused_weights(rng, monkeypatch) -> None:
-    x, w, bias, dy = data(rng, torch.bfloat16)
-    calls: list[int] = []
-    quantize = hb.nn.linear.quantize_weight
-    monkeypatch.setattr(hb.nn.linear, "quantize_weight", lambda *a: calls.append(1) or quantize(*a))
-    for name in ("quantized", "dequantized", "high_precision"):
-        calls.clear()
-        reusing, plain = layer_of(RECIPES[name], w, bias, reuse_weights=True), layer_of(RECIPES[name], w, bias)
-        optimizer = torch.optim.SGD(reusing.parameters(), lr=0.5)
-        for step in range(2):
-            plain.quantization.state.copy_(reusing.quantization.state)
-            for _ in range(3):
-                for got, wanted in zip(run(reusing, x, dy), run(plain, x, dy), strict=True):
-                    same_bits(got, wanted)
-            equal(len(calls), 4 * (step + 1), "one for the step, and three of the layer without reuse")
-            optimizer.step()
-            plain.load_state_dict(reusing.state_dict())
-        reusing.weight = nn.Parameter(torch.zeros_like(w))
-        equal(reusing(x).detach(), reusing.bias.detach().expand(M, N).contiguous(), "another parameter")
-
-
 def test_a_copy_computes_the_same_and_shares_nothing(rng) -> None:
     x, w, bias, dy = data(rng, torch.bfloat16)
     layer = layer_of(RECIPES["quantized"], w, bias)
@@ -320,6 +343,12 @@ def test_a_copy_computes_the_same_and_shares_nothing(rng) -> None:
         same_bits(got, wanted)
     equal(layer.quantization.state.tolist(), [[0, 2], [0, 3]])
     equal(twin.quantization.state.tolist(), [[0, 2], [0, 3]])
+
+
+def test_a_copy_is_on_the_same_ranks() -> None:
+    layer = Linear(K, N)
+    layer.quantization.groups = AmaxGroups(torch.distributed.ProcessGroup(0, 1))
+    equal(copy.deepcopy(layer).quantization.groups is layer.quantization.groups, True)
 
 
 def test_drop_in_for_torchs_linear(rng) -> None:
@@ -336,6 +365,9 @@ def test_drop_in_for_torchs_linear(rng) -> None:
 
 
 def test_errors() -> None:
+    for wrong in ("weights", ("weight",)):
+        with pytest.raises(FormatError, match=r"along_columns=.*needs a tuple of 'activations', 'weights'"):
+            AmaxGroups(along_columns=wrong)
     with pytest.raises(ShapeError, match=r"Linear\(40, 96\): in_features=40 is not divisible by 16"):
         Linear(40, 96)
     with pytest.raises(ShapeError, match="in_features=48 is not divisible by 32"):

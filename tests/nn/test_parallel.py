@@ -41,6 +41,12 @@ def test_shards_equal_the_whole_byte_for_byte(results: dict[str, Any]) -> None:
     true(len(shards) == 27 and all(shards.values()), str(shards))
 
 
+def test_half_of_a_layer(results: dict[str, Any]) -> None:
+    """Sums in another order: 2^-24 each. Another scale would change every twentieth code, 10^-2 of the result."""
+    layers = results["layers"]
+    true(len(layers) == 30 and all(layers.values()), str(layers))
+
+
 @pytest.mark.parametrize("backward", ["high_precision", "dequantized", "quantized"])
 def test_fsdp2_equals_one_process(results: dict[str, Any], backward: str) -> None:
     """Losses of five steps, float32: only the order of sums over ranks differs.

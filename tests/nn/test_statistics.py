@@ -64,6 +64,18 @@ def test_logging(rng, tmp_path: Path) -> None:
     equal(fc1(m).quantization.statistics, None)
 
 
+def test_a_weight_is_counted_as_it_is_multiplied(rng) -> None:
+    """Under the maximum that it shares with its partner."""
+    mlp = nn.ModuleDict({"gate_proj": nn.Linear(32, 32), "up_proj": nn.Linear(32, 32)})
+    m = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": mlp})])})
+    with torch.no_grad():
+        mlp.gate_proj.weight[0, 0] = 1e6
+    convert(m, TrainingRecipe())
+    watcher = Watcher(m)
+    mlp.up_proj(torch.randn(4, 32, generator=rng))
+    equal(watcher.step()["layers.0.mlp.up_proj"]["weights"]["underflow"], 1.0)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 def test_compiled(rng) -> None:
     torch._dynamo.reset()
@@ -105,20 +117,35 @@ def test_bad_rules(tmp_path: Path) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_loss(rng, temperature: float) -> None:
     student = torch.randn(3, 7, 33, generator=rng).requires_grad_()
-    teacher = torch.randn(3, 7, 33, generator=rng)
+    teacher = torch.randn(3, 7, 33, generator=rng).requires_grad_()
     mask = torch.rand(3, 7, generator=rng) < 0.6
     for chosen in (None, mask):
         student.grad = None
         loss = distillation_loss(student, teacher, mask=chosen, temperature=temperature, chunk=4)
         loss.backward()
         grad, student.grad = student.grad, None
-        log_s, log_t = ((t / temperature).double().log_softmax(-1) for t in (student, teacher))
+        equal(teacher.grad, None, "the teacher is left alone")
+        log_s, log_t = ((t / temperature).double().log_softmax(-1) for t in (student, teacher.detach()))
         kl = (log_t.exp() * (log_t - log_s)).sum(-1)
         wanted = temperature**2 * (kl.mean() if chosen is None else kl[chosen].mean())
         wanted.backward()
         close(loss, wanted.detach(), 1e-5)
         close(grad, student.grad, 1e-6)
     equal(distillation_loss(teacher, teacher).item(), 0.0)
+
+
+def test_what_a_teacher_rules_out(rng) -> None:
+    """Logits of -inf, as a padded vocabulary has, in the teacher alone and in both."""
+    student, teacher = torch.randn(2, 4, 8, generator=rng)
+    teacher[:, 6:] = -torch.inf
+    for ruled_out in (slice(8, 8), slice(6, 8)):
+        student = student.detach().index_fill(1, torch.arange(8)[ruled_out], -torch.inf).requires_grad_()
+        loss = distillation_loss(student, teacher)
+        loss.backward()
+        log_s = student.detach().double().log_softmax(-1)[:, :6]
+        log_t = teacher.double().log_softmax(-1)[:, :6]
+        close(loss, (log_t.exp() * (log_t - log_s)).sum(-1).mean(), 1e-6)
+        close(student.grad * 4, student.detach().double().softmax(-1) - teacher.double().softmax(-1), 1e-6)
 
 
 def test_distillation_errors() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import halfbyte as hb
-from halfbyte.nn import AmaxGroups, convert
+from halfbyte.nn import AmaxGroups, GroupedLinear, Linear, convert
 from halfbyte.nn.operands import encode, encode_transposed, shared_amax
 from halfbyte.recipe import TrainingRecipe, TransformerEngine
 
@@ -45,7 +45,7 @@ def shards(rank: int) -> dict[str, bool]:
         results[f"rows nan={nan}"] = same(part.packed, whole.packed.chunk(2, 1)[rank]) and same(
             part.tensor_scale, whole.tensor_scale
         )
-        rows, columns = encode_transposed(x.chunk(2)[rank], hb.NVFP4(), HADAMARD, 16, group)
+        rows, columns = encode_transposed(x.chunk(2)[rank], hb.NVFP4(), HADAMARD, 16, AmaxGroups(group), "activations")
         both = encode(x, hb.NVFP4()), encode(x.mT, HADAMARD)
         results[f"transposed nan={nan}"] = same(rows.packed, both[0].packed.chunk(2)[rank]) and same(
             columns.packed, both[1].packed.chunk(2, 1)[rank]
@@ -56,6 +56,69 @@ def shards(rank: int) -> dict[str, bool]:
     flags = torch.tensor([int(all(results.values()))])
     dist.all_reduce(flags, dist.ReduceOp.MIN)
     return {**results, "on both ranks": bool(flags)}
+
+
+ROWS = TrainingRecipe(ROW, ROW, ROW, backward="quantized")
+LAYERS = {
+    "tokens, quantized": TransformerEngine(disable_stochastic_rounding=True).recipe(),
+    "tokens, dequantized": TrainingRecipe(backward="dequantized"),
+    "tokens, row-scaled": ROWS,
+    "row-parallel": ROWS,  # x and w sharded along what forward sums over
+    "column-parallel": ROWS,  # w sharded along its rows, dy along what dgrad sums over
+}
+
+
+def layers(rank: int) -> dict[str, bool]:
+    """Layers of which a rank has half, of the tokens or of the weight, compute what one process computes of it."""
+    results: dict[str, bool] = {}
+    for name, recipe in LAYERS.items():
+        for experts in (1, 2):
+            mine, whole = half(rank, name, recipe, experts)
+            for what, part, wanted in zip(("y", "dx", "dw"), mine, whole, strict=True):
+                error = float((part - wanted).norm() / wanted.norm())
+                results[f"{name}, {experts} experts, {what}: {error:.1e}"] = error < 1e-6
+    return results
+
+
+def half(rank: int, name: str, recipe: TrainingRecipe, experts: int) -> tuple[list[Tensor], list[Tensor]]:
+    world, rng = dist.group.WORLD, torch.Generator().manual_seed(5)
+    # Rows sorted by expert, of each the first 32 on rank 0.
+    x, w = torch.randn(experts, 64, 64, generator=rng), torch.randn(experts, 64, 64, generator=rng)
+    dy = torch.randn(experts, 64, 64, generator=rng)
+    x[0, 50, 40], w[0, 40, 50], dy[0, 45, 37] = 40.0, 9.0, 30.0  # maxima that rank 1 alone has
+    whole = step(recipe, AmaxGroups(), x, w, dy)
+    if name == "row-parallel":
+        groups = AmaxGroups(activations=world, weights=world, along_columns=("activations", "weights"))
+        mine = step(recipe, groups, x.chunk(2, 2)[rank], w.chunk(2, 2)[rank], dy)
+        cut = (None, 2, 2)
+    elif name == "column-parallel":
+        groups = AmaxGroups(weights=world, gradients=world, along_columns=("gradients",))
+        mine = step(recipe, groups, x, w.chunk(2, 1)[rank], dy.chunk(2, 2)[rank])
+        cut = (2, None, 1)
+    else:
+        groups = AmaxGroups(activations=world, gradients=world)
+        mine = step(recipe, groups, x.chunk(2, 1)[rank], w, dy.chunk(2, 1)[rank])
+        cut = (1, 1, None)
+    dist.all_reduce(mine[cut.index(None)])  # each rank has a part of the sums
+    return mine, [t if axis is None else t.chunk(2, axis)[rank] for t, axis in zip(whole, cut, strict=True)]
+
+
+def step(recipe: TrainingRecipe, groups: AmaxGroups, x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
+    """y, dx and dw of x (experts, tokens, K), w (experts, N, K) and dy (experts, tokens, N)."""
+    experts, tokens, k = x.shape
+    layer = (
+        Linear(k, w.shape[1], False, recipe=recipe)
+        if experts == 1
+        else GroupedLinear(experts, k, w.shape[1], recipe=recipe)
+    )
+    layer.quantization.groups = groups
+    with torch.no_grad():
+        layer.weight.copy_(w.reshape(layer.weight.shape))
+    leaf = x.reshape(-1, k).detach().clone().requires_grad_()
+    ends = torch.arange(1, experts + 1, dtype=torch.int32) * tokens
+    y = layer(leaf) if experts == 1 else layer(leaf, ends)
+    y.backward(dy.reshape(-1, w.shape[1]))
+    return [y.detach().view_as(dy), leaf.grad.view_as(x), layer.weight.grad.view_as(w)]
 
 
 class Block(nn.Module):
@@ -127,7 +190,11 @@ def main() -> None:
     rank, store = sys.argv[1:]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     modes = ("high_precision", "dequantized", "quantized")
-    result = {"shards": shards(int(rank)), **{mode: fsdp(int(rank), mode) for mode in modes}}
+    result = {
+        "shards": shards(int(rank)),
+        "layers": layers(int(rank)),
+        **{mode: fsdp(int(rank), mode) for mode in modes},
+    }
     dist.barrier()
     print(json.dumps(result))
     dist.destroy_process_group()

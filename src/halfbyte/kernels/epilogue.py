@@ -199,7 +199,7 @@ def scaled_grouped_matmul(
         out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
         return out
-    total = a.new_zeros(out.shape) if a.shape[1] == 0 else torch._grouped_mm(a, b.mT, offs=offsets)
+    total = a.new_zeros(out.shape) if a.shape[1] == 0 else torch._grouped_mm(a.contiguous(), b.mT, offs=offsets)
     return epilogue(total, a_scale, b_scale, bias, out, accumulate=accumulate_into is not None, offsets=offsets)
 
 

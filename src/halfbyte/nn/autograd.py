@@ -6,7 +6,7 @@
     high_precision    dx = dy·w, dw = dyᵀ·x       of the originals, which are saved
     dequantized       dx = dy·ŵ, dw = dyᵀ·x̂       decoded, each rounded once to dy's dtype; 4-bit data is saved
 
-Given up: a backward that is differentiable itself.
+Given up: a backward that is differentiable itself; whoever asks for it is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..formats import NVFP4
 from ..ops.matmul import scaled_matmul
@@ -82,21 +83,22 @@ class QuantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         """Compute y and save what the recipe's backward needs, for those inputs that need a gradient."""
         needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        group = groups.of("activations", layer.activations)
         saved: list[Tensor | None] = []
         kept = x  # of x, for wgrad
         if layer.activations is None:
             x_operand = Operand(x, None)
         elif layer.backward == "quantized" and needs_weight:
-            wgrad = layer.wgrad_activations, layer.token_block, groups.activations
+            wgrad: Any = layer.wgrad_activations, layer.token_block, groups, "activations"
             if isinstance(layer.activations, NVFP4) and layer.activations.scaling == "row":  # two reads in any case
-                x_operand = fake(x, layer.activations, shared_amax(x, layer.activations, groups.activations))
+                x_operand = fake(x, layer.activations, shared_amax(x, layer.activations, group))
                 saved = list(encode_columns(x, *wgrad))
             else:
                 rows, columns = encode_transposed(x, layer.activations, *wgrad)
                 x_operand = first_rows(unscaled(rows, layer.activations), x.shape[0])
                 saved = list(columns)
         else:
-            amax = shared_amax(x, layer.activations, groups.activations)
+            amax = shared_amax(x, layer.activations, group)
             if layer.backward == "dequantized" and needs_weight:
                 encoded, x_operand = encode_and_decode(x, layer.activations, amax)
                 saved = list(encoded)
@@ -117,6 +119,7 @@ class QuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x, weight and bias."""
         *saved, weight_amax = ctx.saved_tensors
@@ -127,7 +130,7 @@ class QuantizedLinear(torch.autograd.Function):
         dx = dw = None
         if layer.backward == "quantized" and (needs_x or needs_weight):
             rows, columns = encode_gradient(
-                dy, layer.gradients, layer.wgrad_gradients, layer.token_block, groups.gradients, state
+                dy, layer.gradients, layer.wgrad_gradients, layer.token_block, groups, state
             )
             if needs_x:
                 g = first_rows(unscaled(rows, layer.gradients), dy.shape[0])
@@ -172,8 +175,8 @@ def _dgrad_weight(
         values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
         return Operand(values.mT, scale)
     weight = data.detach()
-    if amax is not None and amax.dim():  # of w's rows; wᵀ has others
-        amax = shared_amax(weight.mT, fmt, groups.weights)
+    if isinstance(fmt, NVFP4) and fmt.scaling == "row":  # amax is of w's rows; wᵀ has others
+        amax = shared_amax(weight.mT, fmt, groups.of("weights", fmt, transposed=True))
     return fake(weight.mT, fmt, amax)
 
 

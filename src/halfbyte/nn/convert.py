@@ -13,6 +13,7 @@ from torch import nn
 from .. import invariant, names
 from ..errors import FormatError
 from ..experts import is_experts
+from ..formats import NVFP4
 from ..names import Name
 from ..recipe.training import LayerRecipe, TrainingRecipe
 from . import experts
@@ -160,11 +161,12 @@ def _plan(full: str, module: nn.Module, recipe: TrainingRecipe, layers: int) -> 
 
 
 def _partners(found: dict[str, nn.Module], chosen: dict[str, LayerRecipe]) -> dict[str, tuple[nn.Module, ...]]:
-    """For each module of a group that engines fuse, all of them; scales can be shared where the formats are one."""
+    """For each module of a group that engines fuse, all of them; a tensor scale can be shared where formats are one."""
     groups: defaultdict[tuple[str, Any], list[str]] = defaultdict(list)
     for name, layer in chosen.items():
         fused = names.parse(f"{name}.weight").fused
-        if fused is not None and isinstance(found[name], nn.Linear):
+        tensor_scaled = isinstance(layer.weights, NVFP4) and layer.weights.scaling == "tensor"
+        if fused is not None and tensor_scaled and isinstance(found[name], nn.Linear):
             groups[fused, layer.weights].append(name)
     return {
         name: tuple(found[member] for member in members)

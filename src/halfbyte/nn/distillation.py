@@ -50,4 +50,5 @@ def distillation_loss(
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_s = torch.log_softmax(student.float() / temperature, -1)
     log_t = torch.log_softmax(teacher.float() / temperature, -1)
-    return (log_t.exp() * (log_t - log_s)).sum()
+    p = log_t.exp()
+    return torch.where(p > 0, p * (log_t - log_s), 0.0).sum()  # a logit of -inf, such as padding's: 0·log 0 = 0

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import experts as routing
 from ..errors import ShapeError
 from ..recipe.training import LayerRecipe, TrainingRecipe
-from .grouped import grouped_linear
+from .grouped import aligned, grouped_linear, grouped_rows
 from .linear import Quantization, misfit, quantization_of
+from .operands import autocasted
 
 FUNCTION = "halfbyte"
 _ATTRIBUTE = "_experts_implementation"
@@ -50,12 +51,17 @@ class GroupedLinear(nn.Module):
             self.weight.uniform_(-(in_features**-0.5), in_features**-0.5)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x (T, K) sorted by expert, offsets int32 (E,), each expert's last row plus one → (T, N)."""
+        """x (T, K) sorted by expert, offsets int32 (E,), each expert's last row plus one → (T, N) of x's dtype, or
+        autocast's.
+        """
         if x.dim() != 2 or x.shape[1] != self.weight.shape[2] or offsets.shape != self.weight.shape[:1]:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}; needs (T, {self.weight.shape[2]}) "
                 f"and ({self.weight.shape[0]},)"
             )
+        x = autocasted(x)
+        if not self.training and self.quantization.layer.evaluation == "high_precision":
+            return grouped_rows(aligned(x), self.weight.to(x.dtype).mT, offsets)
         return grouped_linear(x, self.weight, offsets, self.quantization)
 
 
@@ -95,10 +101,9 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
         plain: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return plain
-    dtype, device = hidden_states.dtype, hidden_states.device.type
-    x = hidden_states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_states
 
     def multiply(rows: Tensor, weight: str, offsets: Tensor) -> Tensor:
         return grouped_linear(rows, getattr(self, weight), offsets, q)
 
-    return routing.forward(self, x, top_k_index, top_k_weights, multiply, dtype)
+    x = autocasted(hidden_states)
+    return routing.forward(self, x, top_k_index, top_k_weights, multiply, hidden_states.dtype)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..errors import UnsupportedError
@@ -59,7 +60,8 @@ class GroupedFunction(torch.autograd.Function):
         if layer.activations is None:
             a = Operand(x, None)
         else:
-            fmt, amax = by_rows(layer.activations), rows_amax(x, layer.activations, offsets, groups.activations)
+            fmt, group = by_rows(layer.activations), groups.of("activations", layer.activations)
+            amax = rows_amax(x, layer.activations, offsets, group)
             if dequantized and needs_weight:
                 encoded, a = encode_and_decode(x, fmt, amax)
                 saved = list(encoded)
@@ -89,11 +91,13 @@ class GroupedFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x and weight."""
         *saved, offsets = ctx.saved_tensors
         layer, main_grad = ctx.layer, ctx.main_grad
         dx = dw = None
+        dy = aligned(dy)
         if ctx.needs_input_grad[0]:
             w = original_or_decoded(saved[3:], layer.weights, dy.dtype)
             dx = grouped_rows(dy, w, offsets)
@@ -128,7 +132,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         assert layer.activations is not None  # checked when the recipe was built
         assert layer.weights is not None
-        amax = rows_amax(x, layer.activations, offsets, groups.activations)
+        amax = rows_amax(x, layer.activations, offsets, groups.of("activations", layer.activations))
         a = fake(x, by_rows(layer.activations), amax)
         columns: list[Tensor | None] = [None] * 3
         if needs_weight:
@@ -150,6 +154,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """Gradients of x and weight."""
         *saved, offsets = ctx.saved_tensors
@@ -157,7 +162,7 @@ class GroupedQuantizedFunction(torch.autograd.Function):
         dx = dw = None
         rng, transposed_rng = current(state, dy) if layer.stochastic else (None, None)
         if ctx.needs_input_grad[0]:
-            amax = rows_amax(dy, layer.gradients, offsets, groups.gradients)
+            amax = rows_amax(dy, layer.gradients, offsets, groups.of("gradients", layer.gradients))
             g = _fake(dy, by_rows(layer.gradients), amax, rng)
             w = _dgrad_weights(saved[3:], layer, groups)
             dx = scaled_grouped_matmul(g.values, w.values, offsets, g.scale, w.scale, out_dtype=dy.dtype)
@@ -185,6 +190,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, quantization: Qua
             counts that a compiled graph does not know.
     """
     layer, groups = quantization.layer, quantization.groups
+    x = x.contiguous()
     main_grad = main_grad_of(weight) if quantization.main_grad and torch.is_grad_enabled() else None
     if layer.backward != "quantized":
         y: Tensor = GroupedFunction.apply(  # type: ignore[no-untyped-call]
@@ -337,7 +343,7 @@ def _dgrad_weights(saved: list[Tensor | None], layer: LayerRecipe, groups: AmaxG
         values, scale = unscaled(Encoded(data, block_scale, tensor_scale), fmt)
         return Operand(values.mT, scale)
     weight = data.detach().mT
-    return fake(weight, fmt, weights_amax(weight, fmt, groups), per_matrix=True)
+    return fake(weight, fmt, weights_amax(weight, fmt, groups, transposed=True), per_matrix=True)
 
 
 def by_rows(fmt: Format) -> Format:
@@ -345,17 +351,18 @@ def by_rows(fmt: Format) -> Format:
     return fmt if isinstance(fmt, MXFP8) else replace(fmt, scaling="row")
 
 
-def weights_amax(weight: Tensor, fmt: Format, groups: AmaxGroups) -> Tensor | None:
+def weights_amax(weight: Tensor, fmt: Format, groups: AmaxGroups, *, transposed: bool = False) -> Tensor | None:
     """(E,) or (E, N), reduced over the group; None where the weights' own will do."""
-    if groups.weights is None or isinstance(fmt, MXFP8):
+    group = groups.of("weights", fmt, transposed=transposed)
+    if group is None or isinstance(fmt, MXFP8):
         return None
     dims = (-1,) if fmt.scaling == "row" else (-2, -1)
-    return reduce_amax(weight.detach().abs().amax(dims).float(), groups.weights)
+    return reduce_amax(weight.detach().abs().amax(dims).float(), group)
 
 
 def grouped_rows(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """dy (T, N) times each row's expert's weight (E, N, K): (T, K)."""
-    if dy.dtype == MATMUL_DTYPE:
+    """dy (T, N) times each row's expert's weight (E, N, K): (T, K), with a gradient where one is wanted."""
+    if dy.dtype == MATMUL_DTYPE and dy.shape[0]:  # torch's takes no matrix without rows
         dx: Tensor = nn.functional.grouped_mm(dy, weight, offs=offsets)
         return _zero_after(dx, offsets)
     dx = dy.new_zeros((dy.shape[0], weight.shape[2]))
@@ -368,7 +375,7 @@ def grouped_rows(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_sums(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """For each expert dyᵀ·x over its rows: (E, N, K)."""
-    if dy.dtype == MATMUL_DTYPE:
+    if dy.dtype == MATMUL_DTYPE and dy.shape[0]:
         dw: Tensor = nn.functional.grouped_mm(dy.mT, x, offs=offsets)
         return dw
     dw = dy.new_zeros((offsets.shape[0], dy.shape[1], x.shape[1]))
@@ -377,6 +384,13 @@ def grouped_sums(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         dw[expert] = dy[start:end].mT @ x[start:end]
         start = end
     return dw
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """Rows as torch's grouped matmul takes them: each by itself, a multiple of 16 bytes after the one before."""
+    columns = rows.shape[1]
+    missing = -columns % 8
+    return nn.functional.pad(rows, (0, missing))[:, :columns] if missing else rows.contiguous()
 
 
 def _zero_after(rows: Tensor, offsets: Tensor) -> Tensor:

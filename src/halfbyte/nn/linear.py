@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import ShapeError, UnsupportedError
 from ..formats import NVFP4
 from ..ops.gradient import new_state
 from ..recipe.training import LayerRecipe, TrainingRecipe
 from .autograd import QuantizedLinear, Weight, quantize_weight
-from .operands import AmaxGroups, local_amax, reduce_amax
+from .operands import AmaxGroups, autocasted, local_amax, reduce_amax
 from .statistics import Statistics
 
 
@@ -29,7 +31,7 @@ class Quantization:
         state: random words of its gradients, which every backward pass advances; see `ops.gradient`.
         partners: modules whose weights, with its own, share one tensor scale; itself among them. Empty: its own.
         statistics: what is counted in its forward pass, if anything.
-        kept: (parameter, versions, quantized weight) of `reuse`.
+        kept: of `reuse`: the parameters that a quantized weight depends on, their versions, and that weight.
         config: of transformers' experts: the one that they had.
     """
 
@@ -40,15 +42,20 @@ class Quantization:
     state: Tensor = field(default_factory=lambda: new_state(0))
     partners: tuple[nn.Module, ...] = ()
     statistics: Statistics | None = None
-    kept: tuple[Tensor, tuple[int, ...], Weight] | None = None
+    kept: tuple[tuple[Tensor, ...], tuple[int, ...], Weight] | None = None
     config: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes for copies and pickle: a copied parameter counts its versions anew."""
+        return {**self.__dict__, "kept": None}
 
     def state_on(self, device: torch.device) -> Tensor:
         """The state, moved to where gradients are computed; a traced graph, which could not advance it then, takes it
         where it is.
         """
         if self.state.device != device and device.type != "meta" and not torch.compiler.is_compiling():
-            self.state = self.state.to(device)
+            with torch.inference_mode(False):  # a backward pass advances what an evaluation moved
+                self.state = self.state.to(device)
         return self.state
 
 
@@ -94,9 +101,7 @@ class Linear(nn.Linear):
         q = self.quantization
         if not self.training and q.layer.evaluation == "high_precision":
             return nn.functional.linear(x, self.weight, self.bias)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = autocasted(x)
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"x has shape {tuple(x.shape)}; this layer takes (…, {self.in_features})")
         if hasattr(self.weight, "to_local"):
@@ -119,19 +124,39 @@ class Linear(nn.Linear):
     def quantized_weight(self) -> Weight:
         """The weight as the forward pass multiplies it; the kept one where `reuse` has one that still holds."""
         q = self.quantization
-        reuse = q.reuse and not torch.compiler.is_compiling()  # a graph cannot look at versions
-        versions = tuple(module.weight._version for module in (self, *q.partners)) if reuse else ()
-        if reuse and q.kept is not None and q.kept[0] is self.weight and q.kept[1] == versions:
-            return q.kept[2]
-        with torch.no_grad():
-            weight = quantize_weight(self.weight.detach(), q.layer, weight_amax(self))
-        if reuse:
-            q.kept = (self.weight, versions, weight)
-        return weight
+        if not q.reuse or torch.compiler.is_compiling():  # a graph cannot look at versions
+            return self._quantize_weight()
+        _count_steps()
+        weights: tuple[Tensor, ...] = tuple(module.weight for module in q.partners or (self,))  # type: ignore[misc]
+        versions = Steps.taken, *(weight._version for weight in weights)
+        if q.kept is None or q.kept[1] != versions or any(a is not b for a, b in zip(q.kept[0], weights, strict=True)):
+            with torch.inference_mode(False):  # a training step saves what an evaluation kept
+                q.kept = weights, versions, self._quantize_weight()
+        return q.kept[2]
+
+    @torch.no_grad()
+    def _quantize_weight(self) -> Weight:
+        return quantize_weight(self.weight.detach(), self.quantization.layer, weight_amax(self))
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
         return f"{super().extra_repr()}, {self.quantization.layer}"
+
+
+class Steps:
+    """How many steps optimizers have taken: fused ones write weights and leave their versions alone."""
+
+    taken = 0
+
+
+@functools.cache
+def _count_steps() -> None:
+    """Begin to count, once."""
+
+    def count(*_: object) -> None:
+        Steps.taken += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def main_grad_of(weight: Tensor) -> Tensor | None:
@@ -168,7 +193,7 @@ def weight_amax(module: nn.Module) -> Tensor | None:
     """The maximum that a module's weight is quantized with; None where it is the weight's own."""
     q: Quantization = module.quantization  # type: ignore[assignment]
     fmt = q.layer.weights
-    group = q.groups.weights
+    group = q.groups.of("weights", fmt)
     if not isinstance(fmt, NVFP4) or (group is None and len(q.partners) < 2):
         return None
     weights: list[Tensor] = [partner.weight.detach() for partner in q.partners or (module,)]  # type: ignore[operator]

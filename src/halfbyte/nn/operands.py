@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from .. import ops
+from ..errors import FormatError
 from ..formats import MXFP8, NVFP4, Format
 from ..ops.gradient import quantize_gradient
 
+Sharded = Literal["activations", "weights", "gradients"]
 MATMUL_DTYPE = torch.bfloat16  # holds every q·s exactly
 
 
@@ -39,11 +41,38 @@ class AmaxGroups:
         activations: for x, sharded over tokens (data or sequence parallel) or over columns (row-parallel layers).
         weights: for w, sharded either way.
         gradients: for dy, sharded over tokens, or over columns (column-parallel layers).
+        along_columns: which of the three are sharded over columns. With scaling="row" only a row of those is in many
+            shards, and its maximum reduced; of the others each row is whole. With one scale it makes no difference.
+
+    Raises:
+        FormatError: along_columns has something else.
     """
 
     activations: dist.ProcessGroup | None = None
     weights: dist.ProcessGroup | None = None
     gradients: dist.ProcessGroup | None = None
+    along_columns: tuple[Sharded, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.along_columns, tuple) or set(self.along_columns) - set(get_args(Sharded)):
+            raise FormatError(
+                f"along_columns={self.along_columns!r}: needs a tuple of {', '.join(map(repr, get_args(Sharded)))}"
+            )
+
+    def of(self, operand: Sharded, fmt: Format | None, *, transposed: bool = False) -> dist.ProcessGroup | None:
+        """The group that maxima of an operand in fmt, or of its transpose, are reduced over."""
+        by_rows = isinstance(fmt, NVFP4) and fmt.scaling == "row"
+        return None if by_rows and (operand in self.along_columns) == transposed else getattr(self, operand)
+
+    def __deepcopy__(self, _: object) -> AmaxGroups:
+        """Itself: a copied model belongs to the same ranks, and torch copies no process group."""
+        return self
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def encode(x: Tensor, fmt: Format, amax: Tensor | None = None, *, per_matrix: bool = False) -> Encoded:
@@ -108,31 +137,39 @@ def reduce_amax(amax: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def encode_transposed(
-    x: Tensor, fmt: Format, transposed_fmt: Format, block: int, group: dist.ProcessGroup | None
+    x: Tensor, fmt: Format, transposed_fmt: Format, block: int, groups: AmaxGroups, operand: Sharded
 ) -> tuple[Encoded, Encoded]:
     """x (M, K) and x.mT with M, a count of tokens, filled up with zeros to whole blocks, which changes no scale."""
     x = whole_blocks(x, block)
-    amax, transposed_amax = shared_amax(x, fmt, group), shared_amax(x.mT, transposed_fmt, group)
+    amax, transposed_amax = _both_amaxes(x, fmt, transposed_fmt, groups, operand)
     if isinstance(fmt, NVFP4) and isinstance(transposed_fmt, NVFP4):
         rows, columns = ops.quantize_transpose(x, fmt, transposed_fmt, amax=amax, transposed_amax=transposed_amax)
         return Encoded(*rows[:3]), Encoded(*columns[:3])
     return encode(x, fmt, amax), encode(x.mT, transposed_fmt, transposed_amax)
 
 
-def encode_columns(x: Tensor, transposed_fmt: Format, block: int, group: dist.ProcessGroup | None) -> Encoded:
+def _both_amaxes(
+    x: Tensor, fmt: Format, transposed_fmt: Format, groups: AmaxGroups, operand: Sharded
+) -> tuple[Tensor | None, Tensor | None]:
+    transposed_group = groups.of(operand, transposed_fmt, transposed=True)
+    return shared_amax(x, fmt, groups.of(operand, fmt)), shared_amax(x.mT, transposed_fmt, transposed_group)
+
+
+def encode_columns(x: Tensor, transposed_fmt: Format, block: int, groups: AmaxGroups, operand: Sharded) -> Encoded:
     """The second of `encode_transposed` alone."""
     x = whole_blocks(x, block)
+    group = groups.of(operand, transposed_fmt, transposed=True)
     return encode(x.mT, transposed_fmt, shared_amax(x.mT, transposed_fmt, group))
 
 
 def encode_gradient(
-    dy: Tensor, fmt: Format, transposed_fmt: Format, block: int, group: dist.ProcessGroup | None, state: Tensor
+    dy: Tensor, fmt: Format, transposed_fmt: Format, block: int, groups: AmaxGroups, state: Tensor
 ) -> tuple[Encoded, Encoded]:
     """As `encode_transposed`, with state's random words where fmt rounds stochastically."""
     if not (isinstance(fmt, NVFP4) and isinstance(transposed_fmt, NVFP4) and fmt.rounding == "stochastic"):
-        return encode_transposed(dy, fmt, transposed_fmt, block, group)
+        return encode_transposed(dy, fmt, transposed_fmt, block, groups, "gradients")
     dy = whole_blocks(dy, block)
-    amax, transposed_amax = shared_amax(dy, fmt, group), shared_amax(dy.mT, transposed_fmt, group)
+    amax, transposed_amax = _both_amaxes(dy, fmt, transposed_fmt, groups, "gradients")
     rows, columns = quantize_gradient(dy, fmt, transposed_fmt, state, amax=amax, transposed_amax=transposed_amax)
     return Encoded(*rows[:3]), Encoded(*columns[:3])
 

@@ -60,7 +60,7 @@ def _triton_runs_on(device: torch.device) -> bool:
     return _can_run_triton(device)
 
 
-# torch.compiler.assume_constant_result, which would import Dynamo and Triton with halfbyte: Dynamo warns of caches.
+# Dynamo warns where it traces a cache. torch.compiler.assume_constant_result does this too, and imports Dynamo for it.
 _triton_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

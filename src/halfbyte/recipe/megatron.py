@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
-from ..formats import MXFP8
+from ..formats import MXFP8, NVFP4
 from .document import Document, parse
 from .training import LayerOverride, LayerRecipe, TrainingRecipe
 
@@ -96,13 +96,17 @@ def _layer(document: Document, key: tuple[str, ...], default: TrainingRecipe) ->
     if fp4 is not None:
         if fp4 != "nvfp4":
             raise document.error((*key, "fp4_quantization_recipe"), f"{fp4!r}: halfbyte has 'nvfp4'")
+        if not any(isinstance(fmt, NVFP4) for fmt in (default.activations, default.weights)):
+            raise document.error(
+                (*key, "fp4_quantization_recipe"), "means the default recipe's formats, none of which is NVFP4"
+            )
         return default.to_layer()
     if fp8 is None:
         return None
     if fp8 != "mxfp8" or recipe.get("fp8_format", "e4m3") != "e4m3":
         raise document.error((*key, "fp8_quantization_recipe"), f"{fp8!r}: halfbyte has 'mxfp8' with fp8_format e4m3")
     gradients = MXFP8() if default.backward == "quantized" else None
-    return LayerRecipe(MXFP8(), MXFP8(), gradients, backward=default.backward, evaluation=default.evaluation)
+    return replace(default.to_layer(), activations=MXFP8(), weights=MXFP8(), gradients=gradients, hadamard=False)
 
 
 def _mapping(document: Document, key: tuple[str, ...], optional: bool = False) -> Mapping[str, Any]:

@@ -54,9 +54,7 @@ class LayerRecipe:
                 raise FormatError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name in ("activations", "weights", "gradients"):
             _check_operand(name, getattr(self, name))
-        for name in ("hadamard", "batch_invariant"):
-            if not isinstance(getattr(self, name), bool):
-                raise FormatError(f"{name}={getattr(self, name)!r}: needs True or False")
+        _check_bools(self, "hadamard", "batch_invariant")
         if self.batch_invariant and isinstance(self.activations, NVFP4) and self.activations.scaling == "tensor":
             raise FormatError(
                 f"batch_invariant=True with activations={self.activations!r}: one scale for all tokens depends on the "
@@ -115,6 +113,12 @@ class LayerRecipe:
     def to_layer(self) -> LayerRecipe:
         """These values alone, where self is a TrainingRecipe."""
         return LayerRecipe(**{f.name: getattr(self, f.name) for f in fields(LayerRecipe)})
+
+
+def _check_bools(recipe: LayerRecipe, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(recipe, name), bool):
+            raise FormatError(f"{name}={getattr(recipe, name)!r}: needs True or False")
 
 
 def _check_operand(name: str, fmt: object) -> None:
@@ -194,6 +198,7 @@ class TrainingRecipe(LayerRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_bools(self, "share_fused_scales", "reuse_weights", "main_grad")
         if not isinstance(self.policy, Policy):
             raise FormatError(f"policy={self.policy!r}: needs a halfbyte.Policy")
         object.__setattr__(self, "overrides", tuple(self.overrides))

@@ -105,6 +105,21 @@ class QuantizedTensor(Tensor):
         scaling, hadamard = (fmt.scaling, fmt.hadamard) if isinstance(fmt, NVFP4) else (None, False)
         return FormatFacts(type(fmt).__name__, fmt.block_columns, scaling, hadamard)
 
+    @property
+    def data(self) -> QuantizedTensor:
+        """The same bytes without autograd's history; torch's own setter would change the shape and no byte."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedError("q.data = … on a QuantizedTensor: it would leave the bytes; use q.copy_(…)")
+
+    def __dlpack__(self, *_: Any, **__: Any) -> Any:
+        """Refuse: there is no one block of memory to give away."""
+        raise UnsupportedError(
+            "__dlpack__ on a QuantizedTensor: its bytes are in parts; give q.packed, or q.dequantize()"
+        )
+
     def replace(self, **changes: Any) -> QuantizedTensor:
         """The same with some attributes changed, like `dataclasses.replace`; nothing is copied."""
         fields: dict[str, Any] = {
@@ -175,7 +190,8 @@ class QuantizedTensor(Tensor):
         tensor_scale = None if unscaled else self.tensor_scale
         packed = self.packed
         if tensor_scale is not None and tensor_scale.dim() == packed.dim() == 1:  # flattened: scales of equal runs
-            packed, block_scale = (part.view(tensor_scale.numel(), -1) for part in (packed, block_scale))
+            runs = tensor_scale.numel()
+            packed, block_scale = (part.view(runs, part.numel() // max(runs, 1)) for part in (packed, block_scale))
         return ops.dequantize_nvfp4(packed, block_scale, tensor_scale, dtype, impl=impl).view(self.shape)
 
     def swizzle(self, per_matrix: bool = False, *, impl: ops.Impl = "auto") -> QuantizedTensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import NVFP4
-from .table import aten, lacks_rows, operators, refuse, rows_only, scale_kind, with_scales
+from .table import aten, lacks_rows, operators, per_byte, refuse, rows_only, scale_kind, with_scales
 
 if TYPE_CHECKING:
     from . import QuantizedTensor
@@ -114,8 +114,7 @@ def _view_rows(func: Any, q: QuantizedTensor, shape: list[int]) -> QuantizedTens
         block_scale = q.block_scale.view(q.block_scale.shape if q.block_scale.dim() == 1 else [*shape[:-2], -1])
     else:
         block_scale = q.block_scale.view([*shape[:-1], shape[-1] // q.format.block_columns])
-    per_byte = q.shape[-1] // q.packed.shape[-1]
-    packed = q.packed.view([*shape[:-1], shape[-1] // per_byte])
+    packed = q.packed.view([*shape[:-1], shape[-1] // per_byte(q)])
     return with_scales(q, lambda part: part.view(scales), packed=packed, block_scale=block_scale)
 
 
@@ -169,8 +168,7 @@ def _slice_rows(func: Any, q: QuantizedTensor, dim: int, start: int, end: int, s
         block = q.format.block_columns
         if step != 1 or start % block or end % block or kind == "flat":
             refuse(func, f"columns {start}:{end}:{step} of {tuple(q.shape)}; blocks of {block} columns stay whole")
-        per_byte = q.shape[-1] // q.packed.shape[-1]
-        packed = q.packed[..., start // per_byte : end // per_byte]
+        packed = q.packed[..., start // per_byte(q) : end // per_byte(q)]
         block_scale = q.block_scale[..., start // block : end // block]
         return q.replace(packed=packed, block_scale=block_scale, shares_scale=kind != "none")
     _check_square(func, q, dim, f"{start}:{end}:{step}", start, end, step)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError, UnsupportedError
+from ..formats import NVFP4
 
 if TYPE_CHECKING:
     from . import QuantizedTensor
@@ -68,6 +69,11 @@ def with_scales(q: QuantizedTensor, function: Callable[[Tensor], Tensor], **chan
 def lacks_rows(q: QuantizedTensor) -> bool:
     """Whether there is transposed data only."""
     return cast(Any, q.packed) is None
+
+
+def per_byte(q: QuantizedTensor) -> int:
+    """Elements in each of packed's."""
+    return 2 if isinstance(q.format, NVFP4) else 1
 
 
 def rows_only(func: Any, q: QuantizedTensor) -> None:
@@ -241,11 +247,10 @@ def _new(
     scales = {"none": (), "tensor": (), "row": size[:-1], "matrix": size[:-2]}.get(scale_kind(q))
     if scales is None:
         refuse(func, "it was flattened; use its (…, K) shape")
-    per_byte = q.shape[-1] // q.packed.shape[-1]
     return with_scales(
         q,
         lambda part: part.new_zeros(scales, **options),
-        packed=q.packed.new_zeros((*size[:-1], size[-1] // per_byte), **options),
+        packed=q.packed.new_zeros((*size[:-1], size[-1] // per_byte(q)), **options),
         block_scale=q.block_scale.new_zeros((*size[:-1], size[-1] // block), **options),
         dtype=dtype,
         shares_scale=False,
