@@ -1,6 +1,6 @@
 """Batch invariance: what trainer and rollout differ by without it, and what it costs.
 
-    PYTHONPATH=src python3 benchmarks/invariant.py [--device cpu] [--small] [--json FILE] [--commit HASH]
+    PYTHONPATH=src python3 benchmarks/invariant.py [--device cpu] [--small] [--parts others] [--json FILE]
 
 First the gate: rows of matmuls must be the same bits for every count of rows, and within their budget of float64; and a
 rollout's log-probabilities, decoded token by token, those of the trainer's full sequences. Then:
@@ -39,6 +39,7 @@ from provenance import provenance
 from timing import cold_median
 
 DATA = Path(hb.__file__).parent / "data"
+PARTS = ["log-probabilities", "matmuls", "others"]
 ROW, PLAIN = hb.NVFP4(scaling="row"), hb.NVFP4()
 SHAPES = {"q, k, v": (12288, 4096), "o": (4096, 4096), "gate, up": (22016, 4096), "down": (4096, 11008)}
 ROWS = (1, 16, 256, 4096)
@@ -291,12 +292,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; all take minutes")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     on_gpu = options.device == "cuda"
-    without = humming() if on_gpu else "it needs a GPU"
+    without = "it needs a GPU" if not on_gpu else humming() if options.parts != ["others"] else "it has no part in this"
     if without:
         print(f"without humming-kernels, {without}")
     engine = without is None
@@ -304,9 +306,13 @@ def main() -> None:
     result["without_humming"] = without
     result["gate_elements"] = gate(options.device, options.small)
     print(f"the gate: {result['gate_elements']} results do not depend on how many rows there are")
-    result["log_probabilities"] = differences(options.device, options.small, engine)
+    if "log-probabilities" in options.parts:
+        result["log_probabilities"] = differences(options.device, options.small, engine)
     if on_gpu and not options.small:
-        result["speed"] = matmuls(engine) + others()
+        result["speed"] = [
+            *(matmuls(engine) if "matmuls" in options.parts else []),
+            *(others() if "others" in options.parts else []),
+        ]
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
