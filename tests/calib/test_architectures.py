@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import CheckpointError
+from halfbyte.calib.activations import _Recorder
 from halfbyte.calib.calibrate import calibrate
 from halfbyte.calib.data import Windows
 from halfbyte.calib.options import Calibration
@@ -180,9 +181,11 @@ def test_scales_of_the_kv_cache_are_those_of_its_maxima(tmp_path: Path, name: st
     ("name", "config", "message"),
     [
         (
-            "GPT2LMHeadModel",
-            lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=64),
-            "GPT2Block: transformers calls this layer with positional arguments",
+            "GPTNeoForCausalLM",
+            lambda: transformers.GPTNeoConfig(
+                hidden_size=64, num_layers=2, num_heads=4, vocab_size=64, attention_types=[[["global"], 2]]
+            ),
+            "GPTNeoModel: its layers cannot be run one by one",
         ),
         (
             "GptOssForCausalLM",
@@ -201,6 +204,12 @@ def test_refused(tmp_path: Path, name: str, config: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         run(source, tmp_path / "out")
     equal([path.name for path in tmp_path.iterdir()], ["source"])
+
+
+def test_a_layer_with_positional_arguments_is_refused() -> None:
+    recorder = _Recorder(nn.Linear(2, 2), [])
+    with pytest.raises(CheckpointError, match="Linear: transformers calls this layer with positional arguments"):
+        recorder(torch.zeros(1, 2), None)
 
 
 def test_the_layer_path_settles_which_of_two_towers(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from ..check import same_bits
 from .test_triton_kernels import DEVICE, INTERPRETING, pytestmark  # noqa: F401
 
 MANTISSAS = 1 << (10 if INTERPRETING else 23)
-NATIVE = 0 if INTERPRETING else _target.native_level(torch.device(DEVICE))
+
+
+def native() -> int:
+    return 0 if INTERPRETING else _target.native_level(torch.device(DEVICE))
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def all_mantissas(first: float) -> torch.Tensor:
 def test_sixths_and_reciprocals(exponent: int) -> None:
     x = all_mantissas(2.0**exponent)
     out = [torch.empty_like(x) for _ in range(4)]
-    _divide[(MANTISSAS // 256,)](x, *out, native=NATIVE, n=256, enable_fp_fusion=False)
+    _divide[(MANTISSAS // 256,)](x, *out, native=native(), n=256, enable_fp_fusion=False)
     same_bits(out[0].cpu(), out[1].cpu(), "sixth")
     same_bits(out[2].cpu(), out[3].cpu(), "reciprocal")
 
@@ -65,5 +68,5 @@ def test_errors_of_four_over_six(e4m3_max: int) -> None:
     for first in (1024.0, 2048.0):
         amax = all_mantissas(first)
         fast, exact = torch.empty_like(amax), torch.empty_like(amax)
-        _errors[(MANTISSAS // 256,)](amax, fast, exact, fmt=fmt, fast=NATIVE > 0, n=256, enable_fp_fusion=False)
+        _errors[(MANTISSAS // 256,)](amax, fast, exact, fmt=fmt, fast=native() > 0, n=256, enable_fp_fusion=False)
         same_bits(fast.cpu(), exact.cpu(), f"A from {first}")

@@ -92,6 +92,12 @@ def embed(decoder: Decoder, states: Activations, device: torch.device | str) -> 
         handle = decoder.layers[0].register_forward_pre_hook(lambda _, args, into=inputs: into.append(args[0]))
         try:
             decoder.body(input_ids=ids.to(device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # GPT-Neo's takes the first part of what a layer returns
+            raise CheckpointError(
+                f"{type(decoder.body).__name__}: its layers cannot be run one by one ({error}); use a recipe without data"
+            ) from error
         finally:
             handle.remove()
             for i, layer in enumerate(layers):
