@@ -39,9 +39,11 @@ def check(x: Tensor, fmt: NVFP4, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_equals_the_contract(fmt: NVFP4, rng: torch.Generator) -> None:
-    if INTERPRETING:  # slow: one kind of extra argument each, and every third input
+    if INTERPRETING:  # slow: one kind of extra argument each, and every third input; bounds say nothing of a singular H
         x = torch.stack(list(searched(rng, (3, 16), torch.bfloat16).values())[::3])
-        return check(x, fmt, per_matrix=True, **extras(rng, fmt, 16)[FORMATS.index(fmt) % 2])
+        other = fmt.scaling == "row" if fmt.error == "hessian" else FORMATS.index(fmt) % 2
+        x = x[:1] if other and fmt.error == "hessian" else x
+        return check(x, fmt, per_matrix=True, **extras(rng, fmt, 16)[other])
     for dtype in DTYPES if fmt == FORMATS[0] else (torch.bfloat16, torch.float32):
         x = torch.stack(list(searched(rng, (37, 144), dtype).values()))
         for extra in extras(rng, fmt, 144):
@@ -88,7 +90,7 @@ def test_on_the_brink(error: str, rng: torch.Generator) -> None:
                 check(blocks(factor), fmt, amax=amax)
 
 
-@pytest.mark.parametrize("case", overflowing(), ids=["distances", "Hessian"])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=on_gpu) if i == 0 else c for i, c in enumerate(overflowing())])
 def test_hessian_errors_at_the_ends_of_float32(case: tuple[Tensor, ...]) -> None:
     x, amax, hessian = case
     check(x, NVFP4(scale_rule="search", error="hessian"), amax=amax, hessian=hessian)

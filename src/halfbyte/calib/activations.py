@@ -96,7 +96,8 @@ def embed(decoder: Decoder, states: Activations, device: torch.device | str) -> 
             raise
         except RuntimeError as error:  # GPT-Neo's takes the first part of what a layer returns
             raise CheckpointError(
-                f"{type(decoder.body).__name__}: its layers cannot be run one by one ({error}); use a recipe without data"
+                f"{type(decoder.body).__name__}: its layers cannot be run one by one ({error}); "
+                "use a recipe without data"
             ) from error
         finally:
             handle.remove()
