@@ -8,20 +8,13 @@ pytest.importorskip("triton")
 
 from halfbyte import NVFP4
 from halfbyte.calib.gptq import GPTQ, factorize, gptq, tensor_amax
-from halfbyte.kernels import _target
 from halfbyte.kernels import gptq as triton_gptq
 from halfbyte.kernels.cpu import gptq as cpu_gptq
 from halfbyte.numerics import gptq as numerics
 
 from ..check import same_bits, true
+from .test_triton_kernels import DEVICE, INTERPRETING, pytestmark  # noqa: F401
 
-INTERPRETING = _target.INTERPRETING
-DEVICE = "cpu" if INTERPRETING else "cuda"
-RUNS = INTERPRETING or (torch.cuda.is_available() and _target.runs_on(torch.device("cuda")))
-pytestmark = [
-    *([] if INTERPRETING else [pytest.mark.gpu]),
-    pytest.mark.skipif(not RUNS, reason="needs an NVIDIA GPU from sm_80 on, or Triton's interpreter"),
-]
 ROWS = 21 if INTERPRETING else 1000  # not divisible by the rows of a program
 
 

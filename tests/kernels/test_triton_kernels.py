@@ -129,7 +129,7 @@ def test_any_strides_without_a_copy(fmt: NVFP4, make: Callable[..., Tensor]) -> 
             check(quantize.quantize(moved, fmt, rng=random_words(fmt)), wanted, f"{dtype} {view.stride()}")
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS[::2] if INTERPRETING else FORMATS, ids=str)
 def test_stacked_matrices(fmt: NVFP4, make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x = make("wide", torch.bfloat16, (3, 20, 32) if INTERPRETING else (5, 83, 96))
     if fmt.scaling == "row":
@@ -256,7 +256,7 @@ def test_four_over_six_on_the_brink(error: Any, block: Any) -> None:
 def test_four_over_six_under_any_amax(error: str, make: Callable[..., Tensor]) -> None:
     for block in ((1, 16), (16, 16)):
         fmt = NVFP4(scale_rule="four_over_six", error=error, block=block)
-        for i, exponent in enumerate(range(-38, 39, 19 if INTERPRETING else 2)):
+        for i, exponent in enumerate(range(-38, 39, 38 if INTERPRETING else 2)):
             a = torch.tensor(10.0**exponent)
             for factor in (0.1, 0.5, 3.0):  # of the largest elements: A may be too small, and far too large
                 x = make("randn", DTYPES[i % 3], (19, 32) if INTERPRETING else (83, 1040)).float() * (a * factor)

@@ -21,14 +21,8 @@ from halfbyte.numerics import mxfp8 as mxfp8_numerics
 from halfbyte.numerics import nvfp4
 
 from ..check import equal, same_bits, true
+from .test_triton_kernels import DEVICE, INTERPRETING, pytestmark  # noqa: F401
 
-INTERPRETING = _target.INTERPRETING
-DEVICE = "cpu" if INTERPRETING else "cuda"
-RUNS = INTERPRETING or (torch.cuda.is_available() and _target.runs_on(torch.device("cuda")))
-pytestmark = [
-    *([] if INTERPRETING else [pytest.mark.gpu]),
-    pytest.mark.skipif(not RUNS, reason="needs an NVIDIA GPU from sm_80 on, or Triton's interpreter"),
-]
 BB, STEPS = 16, 2
 
 

@@ -10,21 +10,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from halfbyte import NVFP4
-from halfbyte.kernels import _target, fake_quantize, quantize, transposed
+from halfbyte.kernels import fake_quantize, quantize, transposed
 from halfbyte.kernels.cpu import nvfp4 as cpu
 from halfbyte.numerics import nvfp4
 
 from ..check import true
 from .search_inputs import FORMATS, extras, overflowing, searched
 from .test_cpu import same, views
+from .test_triton_kernels import DEVICE, INTERPRETING, pytestmark  # noqa: F401
 
-INTERPRETING = _target.INTERPRETING
-DEVICE = "cpu" if INTERPRETING else "cuda"
-RUNS = INTERPRETING or (torch.cuda.is_available() and _target.runs_on(torch.device("cuda")))
-pytestmark = [
-    *([] if INTERPRETING else [pytest.mark.gpu]),
-    pytest.mark.skipif(not RUNS, reason="needs an NVIDIA GPU from sm_80 on, or Triton's interpreter"),
-]
 on_gpu = pytest.mark.skipif(INTERPRETING, reason="too much for the interpreter")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

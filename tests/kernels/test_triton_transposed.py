@@ -104,7 +104,7 @@ def test_transposed_with_rowwise_under_given_amax(fmt: NVFP4, rowwise: NVFP4, ma
         if fmt.hadamard and kind == "nan":
             continue
         x = make(kind, DTYPES[i % 3], (2, 80, 48) if INTERPRETING else (3, 208, 1040))
-        for factor in (1.0, 1e6):
+        for factor in ((1.0, 1e6)[i % 2],) if INTERPRETING else (1.0, 1e6):
             amax = torch.tensor([1.5, 40.0, 0.3])[: x.shape[0]] * factor
             row_amax = amax.flip(0) if rowwise.scaling == "tensor" else x.abs().amax(-1).float()
             columns, rows = transposed.quantize(
