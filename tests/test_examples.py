@@ -46,7 +46,8 @@ def test_qat(tmp_path: Path, backward: str) -> None:
 def test_qad(tmp_path: Path) -> None:
     file = tmp_path / "qad.json"
     for _ in range(2):
-        run("qad_tiny", "--json", str(file), *(("--no-control", "--steps", "1") if file.exists() else ()))
+        steps = ("--no-control", "--steps", "1") if file.exists() else ("--steps", "20")
+        run("qad_tiny", "--json", str(file), "--eval-windows", "1", *steps)
     found, again = map(json.loads, file.read_text().splitlines())
     trained, untrained, plain = (found[name]["kl"] for name in ("trained", "untrained", "plain NVFP4"))
     true(trained < 0.98 * untrained < plain, str(found))
