@@ -254,7 +254,7 @@ def others() -> list[dict[str, Any]]:
 
         times = {"ordinary": median(lambda: multiply(False)), "batch-invariant": median(lambda: multiply(True))}
         rows.append(report(f"{experts} experts {t}×{n}×{k}", times))
-    for batch, queries, keys in ((1, 4096, 4096), (16, 1, 2048)):
+    for batch, queries, keys in ((1, 4096, 4096), (16, 1, 2048), (64, 1, 2048), (1, 1, 32768)):
         q = torch.randn(batch, 32, queries, 128, generator=g, device="cuda").bfloat16()
         key, value = (torch.randn(batch, 8, keys, 128, generator=g, device="cuda").bfloat16() for _ in range(2))
         mask = torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
