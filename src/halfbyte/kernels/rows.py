@@ -39,9 +39,7 @@ def _tree(x, WIDTH: tl.constexpr, LOG: tl.constexpr):
 
 
 @jit
-def _softmax(
-    x_ptr, out_ptr, N: tl.constexpr, WIDTH: tl.constexpr, LOG: tl.constexpr, IS_LOG: tl.constexpr
-):  # fmt: skip
+def _softmax(x_ptr, out_ptr, N: tl.constexpr, WIDTH: tl.constexpr, LOG: tl.constexpr, IS_LOG: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     x_ptr += row * N
